@@ -1,0 +1,324 @@
+"""Everything that a run can be told, as frozen dataclasses; the command lines and the checkpoints are made from them.
+
+Every field is a flag of the same name (`crop_size` is `--crop-size`), the comment beside it is the flag's help text,
+and a preset is a function that returns a `Config`: a log of what was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and from where."""
+
+    name: Annotated[Literal["scenes", "voc", "cityscapes", "camvid", "folder"], tyro.conf.arg(name="data")] = "scenes"
+    """the data set; `scenes` is painted on the fly and reads no file"""
+    root: str | None = None
+    """folder of the data set (not for scenes)"""
+    train_split: str | None = None
+    """split to train on; None: the data set's own (`train`; `train_aug` where VOC has SegmentationClassAug)"""
+    val_split: str | None = None
+    """split to validate on; None: the data set's own (`val`)"""
+    year: Literal["2007", "2012"] = "2012"
+    """VOC only: which VOCdevkit folder"""
+    scene_size: tuple[int, int] = (128, 256)
+    """scenes only: height and width that are painted, in pixels"""
+    scene_count: int = 2000
+    """scenes only: training scenes in one epoch"""
+    scene_val_count: int = 100
+    """scenes only: held-out scenes"""
+    workers: int | None = None
+    """loader processes; None: one a core, 8 at most, 0 where there is one core"""
+    check: bool = True
+    """read every mask's header and values before training starts, and name all that is wrong"""
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """What is done to a training image; evaluation does none of it. Every item can be turned off by its value."""
+
+    crop_size: tuple[int, int] = (513, 513)
+    """height and width of a training crop, in pixels"""
+    scale_min: float = 0.5
+    """smallest random scale, drawn uniformly; equal to scale_max: no random scale"""
+    scale_max: float = 2.0
+    """largest random scale"""
+    flip: float = 0.5
+    """probability of a left-right flip"""
+    jitter: float = 0.0
+    """brightness, contrast and saturation are each multiplied by a factor from [1 - jitter, 1 + jitter]; 0: off"""
+    blur: float = 0.0
+    """probability of a Gaussian blur"""
+    blur_sigma: float = 1.0
+    """largest standard deviation of that blur, in pixels"""
+    rare_crop: float = 0.0
+    """probability that a crop is centred on a pixel of a class drawn evenly from those in the image; 0: off"""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The arguments of `deeplab_fast.build_model`; their meaning is in its docstring."""
+
+    name: Annotated[Literal["deeplabv3", "deeplabv3plus"], tyro.conf.arg(name="model")] = "deeplabv3plus"
+    """architecture"""
+    backbone: str = "mobilenet_v2"
+    """resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2"""
+    width_mult: float = 1.0
+    """mobilenet_v2 only: width multiplier"""
+    beta_stem: bool = False
+    """ResNet only: three 3x3 convolutions in place of the 7x7 stem"""
+    output_stride: Literal[8, 16, 32] = 16
+    """input size over the size of the backbone's last feature map"""
+    multi_grid: tuple[int, int, int] = (1, 1, 1)
+    """ResNet only: factors of the dilation in the last stage's three blocks (DeepLabv3, section 3.2)"""
+    first_block_dilation: Literal["stage", "previous"] = "stage"
+    """dilation of the first block of a stage that lost its stride: its stage's, or that of the stage before it, as
+    in torchvision"""
+    atrous_rates: tuple[int, ...] | None = None
+    """ASPP's rates; None: 6, 12, 18 at output stride 16, doubled at 8, halved at 32"""
+    image_pooling: bool = True
+    """ASPP's global pooling branch"""
+    aspp_channels: int = 256
+    """width of every ASPP branch and of what leaves ASPP"""
+    separable: bool = True
+    """depthwise-separable 3x3 convolutions in ASPP and decoder"""
+    separable_order: Literal["norm_last", "norm_each"] = "norm_last"
+    """norm_last: depthwise, pointwise, norm, ReLU; norm_each: norm and ReLU after each of the two"""
+    aspp_refine: bool = False
+    """a 3x3 convolution after ASPP, as in torchvision and segmentation_models_pytorch"""
+    low_level_channels: int = 48
+    """width to which the decoder reduces the low-level features"""
+    decoder_channels: int = 256
+    """width of the decoder's 3x3 convolutions"""
+    refinements: int = 2
+    """3x3 convolutions after the concat: 1 or 2"""
+    dropout: float = 0.1
+    """dropout after ASPP's projection"""
+    align_corners: bool = False
+    """how every bilinear upsampling of the model places its corners"""
+    norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
+    """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Loss, optimiser and schedule."""
+
+    batch_size: int = 16
+    """images in one forward pass"""
+    accumulate: int = 1
+    """forward passes in one optimiser step"""
+    steps: int = 30_000
+    """optimiser steps"""
+    lr: float = 0.01
+    """peak learning rate of the backbone"""
+    head_lr_mult: float = 10.0
+    """learning rate of ASPP, decoder and classifier over the backbone's"""
+    momentum: float = 0.9
+    """of SGD"""
+    nesterov: bool = False
+    """Nesterov's momentum"""
+    weight_decay: float = 1e-4
+    """L2 penalty"""
+    decay_norm_bias: bool = False
+    """apply it to normalisation parameters and biases as well"""
+    poly_power: float = 0.9
+    """the rate falls as (1 - step / steps) ** power"""
+    warmup_steps: int = 0
+    """steps in which the rate rises linearly from warmup_lr_mult of its value"""
+    warmup_lr_mult: float = 0.01
+    """where the warm-up starts, over the peak rate"""
+    clip_norm: float = 0.0
+    """largest norm of the gradient; 0: no clipping"""
+    ema_decay: float = 0.0
+    """decay a step of the averaged weights, which are then validated and saved as the model; 0: off"""
+    class_weights: tuple[float, ...] | None = None
+    """weight of each class in the loss; None: all 1"""
+    label_smoothing: float = 0.0
+    """share of the target spread over all classes"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where and how it runs."""
+
+    output: str = "runs/scenes"
+    """folder for checkpoints, curves, pictures and logs"""
+    seed: int = 0
+    """of the initial weights and of every random draw in the data"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device has it, fp16 on older GPUs, else fp32"""
+    channels_last: bool = True
+    """channels-last activations and weights"""
+    compile: bool = False
+    """torch.compile the model"""
+    threads: int = 0
+    """CPU threads; 0: all that torch would take"""
+    log_every: int = 10
+    """steps between two lines of metrics.jsonl"""
+    val_every: int = 1000
+    """steps between two validations; the last step is always validated"""
+    save_every: int = 500
+    """steps between two writes of last.pt"""
+    sample_count: int = 4
+    """validation images in samples.png and TensorBoard"""
+    tensorboard: bool = True
+    """write TensorBoard events"""
+    weights: str | None = None
+    """weights to start from: a file, a URL, or a name such as `resnet50` for torchvision's ImageNet weights"""
+
+
+# Smallest and largest value of each number that has one; None: no bound. Model fields are checked by build_model.
+_BOUNDS: dict[str, tuple[float | None, float | None]] = {
+    "data.scene_size": (32, None),
+    "data.scene_count": (1, None),
+    "data.scene_val_count": (1, None),
+    "data.workers": (0, None),
+    "augment.crop_size": (1, None),
+    "augment.scale_min": (0.01, None),
+    "augment.scale_max": (0.01, None),
+    "augment.flip": (0, 1),
+    "augment.jitter": (0, 1),
+    "augment.blur": (0, 1),
+    "augment.blur_sigma": (0, 32),
+    "augment.rare_crop": (0, 1),
+    "optim.batch_size": (1, None),
+    "optim.accumulate": (1, None),
+    "optim.steps": (1, None),
+    "optim.lr": (0, None),
+    "optim.head_lr_mult": (0, None),
+    "optim.momentum": (0, 1),
+    "optim.weight_decay": (0, None),
+    "optim.poly_power": (0, None),
+    "optim.warmup_steps": (0, None),
+    "optim.warmup_lr_mult": (0, 1),
+    "optim.clip_norm": (0, None),
+    "optim.ema_decay": (0, 1),
+    "optim.class_weights": (0, None),
+    "optim.label_smoothing": (0, 1),
+    "run.seed": (0, 2**31 - 1),
+    "run.threads": (0, None),
+    "run.log_every": (1, None),
+    "run.val_every": (1, None),
+    "run.save_every": (1, None),
+    "run.sample_count": (1, 64),
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def check(self) -> None:
+        """Raise UserError for a number that is out of its bounds; NaN is out of any."""
+        for name, (low, high) in _BOUNDS.items():
+            group, _, item = name.partition(".")
+            value = getattr(getattr(self, group), item)
+            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+                if not ((low is None or number >= low) and (high is None or number <= high)):
+                    bounds = f"at least {low}" if high is None else f"from {low} to {high}"
+                    raise UserError(f"--{item.replace('_', '-')} {number}: expected {bounds}")
+        if self.augment.scale_min > self.augment.scale_max:
+            raise UserError(f"--scale-min {self.augment.scale_min} is larger than --scale-max {self.augment.scale_max}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types: what `config.json` and the checkpoints hold."""
+        return _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_dict(cls, saved: dict[str, Any]) -> Config:
+        """The inverse of `to_dict`. A field that this version does not know raises UserError."""
+        groups = {}
+        for group in dataclasses.fields(cls):
+            kind = group.default_factory
+            values = dict(saved.get(group.name, {}))
+            known = {f.name for f in dataclasses.fields(kind)}
+            if unknown := sorted(values.keys() - known):
+                raise UserError(
+                    f"the saved config has {group.name}.{unknown[0]}, which this version of deeplab_fast does not know"
+                )
+            groups[group.name] = kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return cls(**groups)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (tuple, list)) else value
+
+
+def scenes() -> Config:
+    """The built-in street scenes, from random weights, in a few minutes on two CPU cores."""
+    return Config(
+        data=DataConfig(name="scenes"),
+        augment=AugmentConfig(crop_size=(128, 256), scale_min=1.0, scale_max=1.0, jitter=0.2),
+        model=ModelConfig(backbone="resnet18", aspp_channels=128, decoder_channels=128, dropout=0.0),
+        optim=OptimConfig(batch_size=8, steps=400, lr=0.05, head_lr_mult=1.0, warmup_steps=20, clip_norm=5.0),
+        run=RunConfig(output="runs/scenes", val_every=100, save_every=100),
+    )
+
+
+def voc() -> Config:
+    """PASCAL VOC 2012, the recipe of DeepLabv3 section 4.1 and DeepLabv3+ section 4: 30k steps of 16 crops of 513."""
+    return Config(
+        data=DataConfig(name="voc"),
+        augment=AugmentConfig(crop_size=(513, 513)),
+        model=ModelConfig(backbone="resnet101", multi_grid=(1, 2, 4)),
+        optim=OptimConfig(batch_size=16, steps=30_000, lr=0.007, head_lr_mult=10.0, weight_decay=4e-5),
+        run=RunConfig(output="runs/voc", weights="imagenet", val_every=2000, save_every=500),
+    )
+
+
+def cityscapes() -> Config:
+    """Cityscapes fine annotations: 90k steps of 8 crops of 769 (DeepLabv3+, section 4.4)."""
+    return Config(
+        data=DataConfig(name="cityscapes"),
+        augment=AugmentConfig(crop_size=(769, 769), jitter=0.5),
+        model=ModelConfig(backbone="resnet101", multi_grid=(1, 2, 4)),
+        optim=OptimConfig(batch_size=8, steps=90_000, lr=0.01, head_lr_mult=10.0, warmup_steps=1000),
+        run=RunConfig(output="runs/cityscapes", weights="imagenet", val_every=5000, save_every=500),
+    )
+
+
+def camvid() -> Config:
+    """CamVid at 480 x 360 with 11 classes, MobileNetV2: 1,000 steps of 8."""
+    return Config(
+        data=DataConfig(name="camvid"),
+        augment=AugmentConfig(crop_size=(352, 352), scale_min=0.75, scale_max=1.5, jitter=0.3),
+        model=ModelConfig(backbone="mobilenet_v2"),
+        optim=OptimConfig(batch_size=8, steps=1000, lr=0.02, head_lr_mult=5.0, warmup_steps=50, ema_decay=0.99),
+        run=RunConfig(output="runs/camvid", weights="imagenet", val_every=250, save_every=100),
+    )
+
+
+def folder() -> Config:
+    """A folder of one's own: small crops and a short schedule, to be changed to the data."""
+    return Config(
+        data=DataConfig(name="folder"),
+        augment=AugmentConfig(crop_size=(321, 321), jitter=0.3),
+        model=ModelConfig(backbone="mobilenet_v2"),
+        optim=OptimConfig(batch_size=8, steps=2000, lr=0.01, head_lr_mult=5.0, warmup_steps=50, ema_decay=0.99),
+        run=RunConfig(output="runs/folder", weights="imagenet", val_every=250, save_every=100),
+    )
+
+
+PRESETS: dict[str, Callable[[], Config]] = {
+    preset.__name__: preset for preset in (scenes, voc, cityscapes, camvid, folder)
+}
