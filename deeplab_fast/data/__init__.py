@@ -1,0 +1,1 @@
+"""Files to batches: labels, data sets, augmentation, loader."""

@@ -1,0 +1,93 @@
+"""The base class of every data set, and the one for data sets that are pairs of image and mask files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .images import read_image, same_size, verify_image
+from .labels import Classes
+
+
+class Dataset:
+    """Pairs of image and mask, by index. Picklable, since loader workers may be started by spawning."""
+
+    classes: Classes
+    name: str
+    split: str
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def stem(self, index: int) -> str:
+        """A name for output files, unique in the split; it may hold "/" for sub-folders."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image uint8 (H, W, 3) RGB; mask uint8 (H, W) of 0 ... K-1 and IGNORE, or None where the split has
+        none."""
+        raise NotImplementedError
+
+    def problems(self, index: int) -> list[str]:
+        """What is wrong with the files of pair `index`, a sentence each: see `check_dataset`."""
+        return []
+
+
+class Pair(NamedTuple):
+    """The files of one sample. A mask file that is not there is a problem to report; None says that none is
+    meant."""
+
+    stem: str
+    image: Path
+    mask: Path | None
+
+
+class FileDataset(Dataset):
+    """Pairs of image and mask files; a sub-class chooses the pairs and says how a mask file is read.
+
+    EXIF orientation is not applied: masks carry none, and a pair has to stay aligned.
+    """
+
+    def __init__(self, name: str, split: str, classes: Classes, pairs: Sequence[Pair]) -> None:
+        self.name, self.split, self.classes, self.pairs = name, split, classes, tuple(pairs)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def stem(self, index: int) -> str:
+        return self.pairs[index].stem
+
+    def read_mask(self, path: Path) -> np.ndarray:
+        """uint8 (H, W) of 0 ... K-1 and IGNORE. Raises UserError for a file or a value that cannot be
+        used."""
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        _, image_path, mask_path = self.pairs[index]
+        image = read_image(image_path)
+        if mask_path is None:
+            return image, None
+        mask = self.read_mask(mask_path)
+        same_size(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
+        return image, mask
+
+    def problems(self, index: int) -> list[str]:
+        _, image_path, mask_path = self.pairs[index]
+        found = []
+        image_size = mask_size = None
+        try:
+            image_size = verify_image(image_path)
+        except UserError as error:
+            found.append(str(error))
+        try:
+            if mask_path is not None:
+                mask_size = self.read_mask(mask_path).shape[::-1]
+            if image_size and mask_size:
+                same_size(image_path, image_size, mask_path, mask_size)
+        except UserError as error:
+            found.append(str(error))
+        return found

@@ -1,0 +1,78 @@
+"""A name and a folder to a data set, and the check of all its files."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ..config import DataConfig
+from ..errors import UserError
+from .base import Dataset, FileDataset
+from .camvid import CamVid
+from .cityscapes import Cityscapes
+from .folder import Folder
+from .loader import loader_workers
+from .scenes import Scenes
+from .voc import Voc
+
+__all__ = ["Dataset", "FileDataset", "check_dataset", "open_dataset"]
+
+LISTED_PROBLEMS = 20
+
+
+def open_dataset(config: DataConfig, split: str) -> Dataset:
+    """The data set that `config` names. Lists files and reads no pixel.
+
+    `split` "train" and "val" mean `config.train_split` and `config.val_split` where these are set, else the
+    data set's own; any other name is taken as it is. Raises UserError for a root that does not hold the data
+    set, an unknown split or an empty one.
+    """
+    chosen = {"train": config.train_split, "val": config.val_split}.get(split) or split
+    if config.name == "scenes":
+        return _scenes(config, chosen)
+    if config.root is None:
+        raise UserError(f"the data set {config.name} is read from files: give its folder with --root")
+    root = Path(config.root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"the root {root} of the data set {config.name} is not a folder")
+    if config.name == "voc":
+        own_default = split == "train" and config.train_split is None
+        return Voc(root, None if own_default else chosen, config.year)
+    return {"cityscapes": Cityscapes, "camvid": CamVid, "folder": Folder}[config.name](root, chosen)
+
+
+def _scenes(config: DataConfig, split: str) -> Dataset:
+    counts = {"train": config.scene_count, "val": config.scene_val_count}
+    if split not in counts:
+        raise UserError(f"there is no split {split} of scenes; expected train or val")
+    return Scenes(split, counts[split], size=config.scene_size)
+
+
+def check_dataset(dataset: Dataset, workers: int | None = None) -> None:
+    """Reads every pair and raises one UserError that lists all that is wrong, a line each.
+
+    Missing and broken files, sizes that differ, mask values that are no label. A PNG image is checked by its
+    checksums and a JPEG is decoded at an eighth of its size; masks are read in full. `workers` threads:
+    decoding releases the GIL.
+    """
+    count = len(dataset)
+    if not count:
+        raise UserError(f"the split {dataset.split} of the data set {dataset.name} is empty")
+    pool = ThreadPoolExecutor(max(1, loader_workers(workers)))
+    try:
+        results = pool.map(dataset.problems, range(count))
+        title = f"checking {dataset.name} {dataset.split}"
+        bar = tqdm(results, total=count, desc=title, delay=2, leave=False)
+        problems = [problem for found in bar for problem in found]
+    finally:
+        pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not read the rest first
+    if not problems:
+        return
+    lines = [f"  {problem}" for problem in problems[:LISTED_PROBLEMS]]
+    if len(problems) > LISTED_PROBLEMS:
+        lines.append(f"  ... and {len(problems) - LISTED_PROBLEMS} more")
+    noun = "problem" if len(problems) == 1 else "problems"
+    head = f"the split {dataset.split} of the data set {dataset.name} has {len(problems)} {noun}:"
+    raise UserError("\n".join([head, *lines]))
