@@ -1,0 +1,48 @@
+"""Atrous spatial pyramid pooling (DeepLabv3, section 3.3): the backbone's last features -> one map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .layers import ConvNormAct, conv3x3
+
+
+class ASPP(nn.Module):
+    """x (N, in_channels, h, w) -> (N, channels, h, w).
+
+    A 1x1 branch, a 3x3 branch for each rate, the image pooling branch (`pool`, None where it is off), their
+    concat, a 1x1 projection, dropout, and with `refine` one more 3x3.
+    """
+
+    def __init__(
+        self,
+        norm: str,
+        in_channels: int,
+        channels: int,
+        rates: tuple[int, ...],
+        *,
+        image_pooling: bool,
+        separable: bool,
+        order: str,
+        dropout: float,
+        refine: bool,
+    ) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList([ConvNormAct(norm, in_channels, channels, 1)])
+        for rate in rates:
+            self.branches.append(conv3x3(norm, in_channels, channels, rate, separable=separable, order=order))
+        self.pool = ConvNormAct(norm, in_channels, channels, 1) if image_pooling else None
+        self.project = ConvNormAct(norm, channels * (1 + len(rates) + image_pooling), channels, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.refine = conv3x3(norm, channels, channels, separable=separable, order=order) if refine else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = [branch(x) for branch in self.branches]
+        if self.pool is not None:
+            # Bilinear upsampling of a 1x1 map is a copy, whatever its corners. It takes the layout of the
+            # branches beside it: torch.cat turns a mixture of layouts into NCHW.
+            pooled = self.pool(x.mean((2, 3), keepdim=True))
+            features.append(torch.empty_like(features[0]).copy_(pooled))
+        x = self.dropout(self.project(torch.cat(features, dim=1)))
+        return x if self.refine is None else self.refine(x)

@@ -1,0 +1,210 @@
+"""DeepLabv3 and DeepLabv3+: normalised images -> class logits."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .aspp import ASPP
+from .decoder import Decoder
+from .layers import resize
+from .mobilenet import MobileNetV2
+from .norm import NORMS
+from .resnet import RESNETS, ResNet
+
+BACKBONES = (*RESNETS, "mobilenet_v2")
+
+
+class DeepLab(nn.Module):
+    """backbone -> aspp (-> decoder) -> classifier; made by `build_model`.
+
+    `decoder` is None for DeepLabv3; `num_classes`, `output_stride`, `align_corners`: what it was built with.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, aspp: ASPP, decoder: Decoder | None, classifier: nn.Conv2d, *,
+        output_stride: int, align_corners: bool,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.backbone = backbone
+        self.aspp = aspp
+        self.decoder = decoder
+        self.classifier = classifier
+        self.num_classes = classifier.out_channels
+        self.output_stride = output_stride
+        self.align_corners = align_corners
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) -> logits (N, K, h, w), h = ceil(H / S), S = 4 with a decoder, else the output one.
+
+        Training plain batch norm on a single value per channel raises UserError.
+        """
+        if self.training:
+            self._check_batch(x)
+        low_level, x = self.backbone(x)
+        x = self.aspp(x)
+        if self.decoder is not None:
+            x = self.decoder(x, low_level)
+        return self.classifier(x)
+
+    def predict_logits(self, x: Tensor) -> Tensor:
+        """x (N, 3, H, W) -> logits (N, K, H, W)."""
+        return resize(self(x), x.shape[-2:], self.align_corners)
+
+    def _check_batch(self, x: Tensor) -> None:
+        n, _, h, w = x.shape
+        stride = self.output_stride
+        values = n if self.aspp.pool is not None else n * -(-h // stride) * -(-w // stride)
+        norm = self.aspp.project.norm
+        if values == 1 and type(norm) is nn.BatchNorm2d and norm.training:
+            raise UserError(
+                f"batch normalisation cannot be trained on one value per channel, all that an input of "
+                f"{tuple(x.shape)} leaves in ASPP: expected a batch of 2, or norm group or frozen_batch"
+            )
+
+
+def build_model(
+    name: str = "deeplabv3plus",
+    *,
+    num_classes: int,
+    backbone: str = "mobilenet_v2",
+    width_mult: float = 1.0,
+    beta_stem: bool = False,
+    output_stride: int = 16,
+    multi_grid: tuple[int, int, int] = (1, 1, 1),
+    first_block_dilation: Literal["stage", "previous"] = "stage",
+    atrous_rates: tuple[int, ...] | None = None,
+    image_pooling: bool = True,
+    aspp_channels: int = 256,
+    separable: bool = True,
+    separable_order: Literal["norm_last", "norm_each"] = "norm_last",
+    aspp_refine: bool = False,
+    low_level_channels: int = 48,
+    decoder_channels: int = 256,
+    refinements: int = 2,
+    dropout: float = 0.1,
+    align_corners: bool = False,
+    norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch",
+) -> DeepLab:
+    """A DeepLab with random weights from torch's global random state; keywords as in `ModelConfig`.
+
+    name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
+    backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2.
+    output_stride: input size over the size of the last features; strides beyond it become dilation.
+    multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16.
+    first_block_dilation: whether a block that lost its stride has the dilation of its stage (2, 2, 2 at 16)
+        or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid).
+    atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
+    separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
+    norm: see `make_norm`; "group" comes with weight standardisation.
+
+    The backbone is initialised as torchvision's (Kaiming normal, fan out), the head with Kaiming normal, fan
+    in, and the classifier with a standard deviation of 0.01 and zero bias. A bad value raises UserError.
+    """
+    _check_names(
+        name=(name, ("deeplabv3", "deeplabv3plus")),
+        backbone=(backbone, BACKBONES),
+        output_stride=(output_stride, (8, 16, 32)),
+        first_block_dilation=(first_block_dilation, ("stage", "previous")),
+        separable_order=(separable_order, ("norm_last", "norm_each")),
+        refinements=(refinements, (1, 2)),
+        norm=(norm, NORMS),
+    )
+    _check_at_least_one(
+        num_classes=num_classes,
+        aspp_channels=aspp_channels,
+        low_level_channels=low_level_channels,
+        decoder_channels=decoder_channels,
+    )
+    if atrous_rates is None:
+        atrous_rates = tuple(rate * 16 // output_stride for rate in (6, 12, 18))
+    for rate in atrous_rates:
+        _check_at_least_one(atrous_rates=rate)
+    if not 0 <= dropout < 1:
+        raise UserError(f"dropout is {dropout}: expected a probability in [0, 1)")
+
+    features = _build_backbone(
+        backbone, width_mult, beta_stem, norm, output_stride, tuple(multi_grid), first_block_dilation
+    )
+    conv = {"separable": separable, "order": separable_order}
+    aspp = ASPP(
+        norm,
+        features.out_channels,
+        aspp_channels,
+        tuple(atrous_rates),
+        image_pooling=image_pooling,
+        dropout=dropout,
+        refine=aspp_refine,
+        **conv,
+    )
+    decoder = None
+    if name == "deeplabv3plus":
+        decoder = Decoder(
+            norm,
+            aspp_channels,
+            features.low_level_channels,
+            low_channels=low_level_channels,
+            channels=decoder_channels,
+            refinements=refinements,
+            align_corners=align_corners,
+            **conv,
+        )
+    classifier = nn.Conv2d(aspp_channels if decoder is None else decoder_channels, num_classes, 1)
+    model = DeepLab(features, aspp, decoder, classifier, output_stride=output_stride, align_corners=align_corners)
+    _initialise(model)
+    return model
+
+
+def _check_names(**given: tuple[object, tuple]) -> None:
+    for field, (value, allowed) in given.items():
+        if value not in allowed:
+            raise UserError(f"{field} is {value!r}: expected one of {', '.join(map(str, allowed))}")
+
+
+def _check_at_least_one(**given: int) -> None:
+    for field, value in given.items():
+        if value < 1:
+            raise UserError(f"{field} is {value}: expected 1 or more")
+
+
+def _build_backbone(
+    name: str,
+    width_mult: float,
+    beta_stem: bool,
+    norm: str,
+    output_stride: int,
+    multi_grid: tuple[int, ...],
+    first_block_dilation: str,
+) -> ResNet | MobileNetV2:
+    if len(multi_grid) != 3 or min(multi_grid) < 1:
+        raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
+    shared = {"norm": norm, "output_stride": output_stride, "first_block_dilation": first_block_dilation}
+    if name in RESNETS:
+        if width_mult != 1.0:
+            raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
+        blocks = RESNETS[name][1][-1]
+        if multi_grid != (1, 1, 1) and blocks != 3:
+            raise UserError(
+                f"multi_grid is {multi_grid}: {name} ends with {blocks} blocks, not three: expected (1, 1, 1)"
+            )
+        return ResNet(name, multi_grid=multi_grid, beta=beta_stem, **shared)
+    if multi_grid != (1, 1, 1):
+        raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
+    if beta_stem:
+        raise UserError(f"beta_stem is set: {name} has one 3x3 stem already, expected a ResNet backbone")
+    if not width_mult > 0:
+        raise UserError(f"width_mult is {width_mult}: expected a number above 0")
+    return MobileNetV2(width_mult=width_mult, **shared)
+
+
+def _initialise(model: DeepLab) -> None:
+    """Norms keep torch's weight 1 and bias 0."""
+    for part in (model.backbone, model.aspp, model.decoder):
+        mode = "fan_out" if part is model.backbone else "fan_in"
+        for module in part.modules() if part is not None else ():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
+    nn.init.normal_(model.classifier.weight, std=0.01)
+    nn.init.zeros_(model.classifier.bias)

@@ -1,0 +1,152 @@
+"""The weights a model starts from: ImageNet weights for its backbone, or another model's."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Mapping
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .deeplab import DeepLab
+
+# torchvision's IMAGENET1K_V1 files; the last part of a name is the start of the file's SHA-256.
+IMAGENET = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+    "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
+    "mobilenet_v2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+}
+
+# What an ImageNet file holds beyond the backbone of a DeepLab.
+IMAGENET_HEADS = ("fc.", "classifier.", "features.18.")
+
+# The keys under which training scripts keep the state_dict.
+NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
+
+
+def load_backbone_weights(model: DeepLab, source: str) -> None:
+    """Load weights with torchvision's key names into `model.backbone`.
+
+    source: the path of a file, a URL, or a name in `IMAGENET`; downloads are kept in torch.hub's folder.
+    The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
+    (then its `backbone.` keys are taken) and ImageNet's classifier. Any other difference raises UserError.
+    """
+    path = _locate(source)
+    state = read_state_dict(path)
+    if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
+        state = inner
+    state = {k: v for k, v in state.items() if not k.startswith(IMAGENET_HEADS)}
+    _explain_other_kind(model.backbone, state, path)
+    _load(model.backbone, state, f"the backbone weights of {path}")
+
+
+def load_matching(model: DeepLab, state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Load a DeepLab's state_dict, all but a classifier of another number of classes.
+
+    Returns the names of the tensors that were left out. Every other difference raises UserError.
+    """
+    own, state = model.state_dict(), dict(state_dict)
+    names = ("classifier.weight", "classifier.bias")
+    other = [k for k in names if k in state and state[k].shape[1:] == own[k].shape[1:] and len(state[k]) != len(own[k])]
+    _load(model, {k: own[k] if k in other else v for k, v in state.items()}, "the saved weights")
+    return other
+
+
+def read_file(path: str | Path) -> Any:
+    """What torch.save wrote to the file, on the CPU; tensors and plain Python types only, no code is run."""
+    path = Path(path)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such weights file") from error
+    except (
+        # What unpickling raises on bytes that are no pickle, beside its own error.
+        *(EOFError, RuntimeError, OSError, pickle.UnpicklingError, struct.error),
+        *(LookupError, ValueError, TypeError, AttributeError),
+    ) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable weights file, expected tensors saved by torch.save ({reason})"
+        ) from error
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a file that torch.save wrote, on the CPU, without nesting and `module.` before the keys."""
+    content = read_file(path)
+    while isinstance(content, Mapping) and (nesting := next((k for k in NESTINGS if k in content), None)):
+        content = content[nesting]
+    if not isinstance(content, Mapping) or not all(isinstance(v, Tensor) for v in content.values()):
+        raise UserError(f"{path}: holds {_describe(content)}, expected a state_dict of tensors")
+    return {key.removeprefix("module."): value for key, value in content.items()}
+
+
+def _describe(content: Any) -> str:
+    if not isinstance(content, Mapping):
+        return f"a {type(content).__name__}"
+    other = next(k for k, v in content.items() if not isinstance(v, Tensor))
+    return f"a dictionary whose {other!r} is no tensor"
+
+
+def _locate(source: str) -> Path:
+    """The file of a path, a URL or a name; what comes from the network is downloaded once."""
+    url = IMAGENET.get(source, source)
+    if urlparse(url).scheme not in ("http", "https"):
+        if not Path(source).is_file():
+            raise UserError(f"{source}: no such weights file, nor a URL, nor one of {', '.join(IMAGENET)}")
+        return Path(source)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name
+    if not cached.is_file():
+        digest = cached.stem.rpartition("-")[2] if source in IMAGENET else None
+        try:
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(cached), digest)
+        # RuntimeError: the digest differs.
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise UserError(
+                f"{url} could not be downloaded ({error}): put the file at {cached} by hand, or give its path"
+            ) from error
+    return cached
+
+
+def _explain_other_kind(backbone: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Differences that a list of keys would not explain."""
+    own = backbone.state_dict()
+    if any(k.endswith("running_mean") for k in state) and not any(k.endswith("running_mean") for k in own):
+        raise UserError(
+            f"{path}: holds batch normalisation, the model has norm group with weight standardisation: "
+            "expected weights trained with it, or norm batch, sync_batch or frozen_batch"
+        )
+    if "conv1.weight" in state and "conv1.0.weight" in own:
+        raise UserError(f"{path}: has the plain 7x7 stem, the model has beta_stem: expected weights trained with it")
+
+
+def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """load_state_dict that names what differs; num_batches_tracked, which old files lack, may be missing."""
+    own = module.state_dict()
+    missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
+    unknown = [k for k in state if k not in own]
+    if missing or unknown:
+        found = [f"lack {_some(missing)}"] if missing else []
+        found += [f"hold {_some(unknown)}, unknown to it"] if unknown else []
+        raise UserError(f"{what} are not for this model: they {' and '.join(found)}")
+    shapes = [
+        f"{k} is {tuple(v.shape)} where the model has {tuple(own[k].shape)}"
+        for k, v in state.items()
+        if v.shape != own[k].shape
+    ]
+    if shapes:
+        raise UserError(f"{what} have other shapes: {_some(shapes)}")
+    module.load_state_dict(state, strict=False)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deeplab_fast.config import ModelConfig
+from deeplab_fast.errors import UserError
+from deeplab_fast.model import DeepLab, build_model
+from deeplab_fast.model.layers import SeparableConv
+
+SMALL = {"num_classes": 5, "aspp_channels": 32, "decoder_channels": 32, "low_level_channels": 16}
+
+
+def test_keywords_are_the_fields_of_the_config() -> None:
+    parameters = inspect.signature(build_model).parameters.values()
+    keywords = {p.name: p.default for p in parameters if p.name != "num_classes"}
+    assert keywords == dataclasses.asdict(ModelConfig())
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "fields", "count"),
+    [
+        # torchvision's deeplabv3_resnet50 without its auxiliary head.
+        ("deeplabv3", 21, {"backbone": "resnet50", "separable": False, "aspp_refine": True}, 39_638_869),
+        # segmentation_models_pytorch's DeepLabV3Plus.
+        ("deeplabv3plus", 19, {"backbone": "resnet50", "aspp_refine": True, "refinements": 1}, 26_682_211),
+        # The published ResNet-101 implementations of v3+ and v3.
+        ("deeplabv3plus", 21, {"backbone": "resnet101", "separable": False}, 59_344_309),
+        ("deeplabv3", 21, {"backbone": "resnet101", "separable": False}, 58_040_661),
+    ],
+)
+def test_parameter_count(name: str, classes: int, fields: dict, count: int) -> None:
+    with torch.device("meta"):
+        model = build_model(name, num_classes=classes, **fields)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(65, 97), (33, 50)])
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+@pytest.mark.parametrize("backbone", ["resnet18", "mobilenet_v2"])
+def test_feature_sizes(backbone: str, output_stride: int, size: tuple[int, int]) -> None:
+    model = build_model(backbone=backbone, output_stride=output_stride, **SMALL).eval()
+    x = torch.randn(1, 3, *size)
+    low_level, features = model.backbone(x)
+    assert low_level.shape == (1, model.backbone.low_level_channels, *(math.ceil(s / 4) for s in size))
+    assert features.shape == (1, model.backbone.out_channels, *(math.ceil(s / output_stride) for s in size))
+    assert model(x).shape == (1, 5, *(math.ceil(s / 4) for s in size))
+    assert model.predict_logits(x).shape == (1, 5, *size)
+
+
+@torch.no_grad()
+def test_mobilenet_low_level_features_end_their_stage() -> None:
+    backbone = build_model(backbone="mobilenet_v2", **SMALL).backbone.eval()
+    x = torch.randn(1, 3, 33, 33)
+    low_level, features = backbone(x)
+    assert torch.equal(low_level, backbone.features[:4](x))
+    assert torch.equal(features, backbone.features(x))
+
+
+@torch.no_grad()
+def test_deeplabv3_answers_at_the_output_stride() -> None:
+    model = build_model("deeplabv3", backbone="resnet18", output_stride=8, **SMALL).eval()
+    assert model(torch.randn(2, 3, 65, 50)).shape == (2, 5, 9, 7)
+    assert model.predict_logits(torch.randn(2, 3, 1, 1)).shape == (2, 5, 1, 1)
+
+
+def last_stages(model: DeepLab) -> list[list[int]]:
+    """Dilations of the 3x3 convolutions of layer3 and layer4, a list each."""
+    stages = (model.backbone.layer3, model.backbone.layer4)
+    return [
+        [m.dilation[0] for m in stage.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        for stage in stages
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "layer3", "layer4"),
+    [
+        ({"output_stride": 32}, [1] * 6, [1, 1, 1]),
+        ({"output_stride": 16}, [1] * 6, [2, 2, 2]),
+        ({"output_stride": 8}, [2] * 6, [4, 4, 4]),
+        ({"output_stride": 16, "multi_grid": (1, 2, 4)}, [1] * 6, [2, 4, 8]),
+        ({"output_stride": 8, "multi_grid": (1, 2, 4)}, [2] * 6, [4, 8, 16]),
+        ({"output_stride": 16, "first_block_dilation": "previous"}, [1] * 6, [1, 2, 2]),
+        ({"output_stride": 8, "first_block_dilation": "previous"}, [1, 2, 2, 2, 2, 2], [2, 4, 4]),
+    ],
+)
+def test_resnet_dilations(fields: dict, layer3: list[int], layer4: list[int]) -> None:
+    with torch.device("meta"):
+        model = build_model(backbone="resnet50", **SMALL, **fields)
+    assert last_stages(model) == [layer3, layer4]
+
+
+def test_basic_block_dilations() -> None:
+    with torch.device("meta"):
+        model = build_model(backbone="resnet18", first_block_dilation="previous", **SMALL)
+    assert last_stages(model) == [[1, 1, 1, 1], [1, 2, 2, 2]]
+
+
+@pytest.mark.parametrize(("first", "expected"), [("stage", [2, 2, 2, 2]), ("previous", [1, 2, 2, 2])])
+def test_mobilenet_dilations(first: str, expected: list[int]) -> None:
+    with torch.device("meta"):
+        model = build_model(backbone="mobilenet_v2", first_block_dilation=first, **SMALL)
+    blocks = model.backbone.features
+    assert [blocks[i].conv[1][0].dilation[0] for i in (13, *range(14, 18))] == [1, *expected]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+def test_dilation_computes_the_strided_network_on_a_finer_grid(backbone: str) -> None:
+    """With "previous", every fourth feature at output stride 8 is the one at 32, the borders included."""
+    x = torch.randn(1, 3, 97, 70)
+    dilated = build_model(backbone=backbone, output_stride=8, first_block_dilation="previous", **SMALL).eval()
+    strided = build_model(backbone=backbone, output_stride=32, **SMALL).eval()
+    strided.load_state_dict(dilated.state_dict())
+    coarse = strided.backbone(x)[1]
+    scale = coarse.abs().max().item()
+    torch.testing.assert_close(dilated.backbone(x)[1][..., ::4, ::4], coarse, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize(
+    ("fields", "rates"),
+    [
+        ({"output_stride": 8}, [12, 24, 36]),
+        ({"output_stride": 16}, [6, 12, 18]),
+        ({"output_stride": 32}, [3, 6, 9]),
+        ({"atrous_rates": (2, 5)}, [2, 5]),
+    ],
+)
+@pytest.mark.parametrize("separable", [True, False])
+def test_atrous_rates(fields: dict, rates: list[int], separable: bool) -> None:
+    with torch.device("meta"):
+        model = build_model(separable=separable, **SMALL, **fields)
+    branches = list(model.aspp.branches)[1:]
+    convs = [branch.depthwise if separable else branch.conv for branch in branches]
+    assert [conv.dilation[0] for conv in convs] == rates
+    assert [conv.padding[0] for conv in convs] == rates
+    assert model.aspp.project.conv.in_channels == (len(rates) + 2) * 32
+
+
+VARIANTS = [
+    {"backbone": "resnet18"},
+    {"backbone": "mobilenet_v2", "separable_order": "norm_each", "aspp_refine": True},
+    {"backbone": "resnet50", "name": "deeplabv3", "separable": False, "multi_grid": (1, 2, 4)},
+    {"backbone": "resnet18", "image_pooling": False, "refinements": 1, "separable": False},
+    {"backbone": "resnet18", "beta_stem": True, "align_corners": True, "norm": "group"},
+    {"backbone": "mobilenet_v2", "width_mult": 0.5, "output_stride": 8, "norm": "group"},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_gradient_reaches_every_parameter(fields: dict) -> None:
+    torch.manual_seed(0)
+    model = build_model(**SMALL, **fields, dropout=0.0).train()
+    logits = model(torch.randn(2, 3, 65, 97))
+    F.cross_entropy(logits, torch.randint(5, (2, *logits.shape[2:]))).backward()
+    for key, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+
+
+@pytest.mark.parametrize("order", ["norm_last", "norm_each"])
+def test_separable_orders(order: str) -> None:
+    layer = SeparableConv("batch", 4, 6, 2, order=order).eval()
+    for norm in (layer.depthwise_norm, layer.norm):
+        if norm is not None:
+            nn.init.uniform_(norm.weight)
+            nn.init.uniform_(norm.running_mean)
+    x = torch.randn(2, 4, 7, 9)
+    y = F.conv2d(x, layer.depthwise.weight, padding=2, dilation=2, groups=4)
+    if order == "norm_each":
+        y = layer.depthwise_norm(y).relu()
+    expected = layer.norm(F.conv2d(y, layer.pointwise.weight)).relu()
+    torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_align_corners_holds_everywhere(align_corners: bool) -> None:
+    model = build_model(backbone="resnet18", align_corners=align_corners, **SMALL).eval()
+    x = torch.randn(1, 3, 65, 97)
+    low_level, features = model.backbone(x)
+    up = F.interpolate(model.aspp(features), low_level.shape[2:], mode="bilinear", align_corners=align_corners)
+    y = model.decoder.refinements(torch.cat([up, model.decoder.low_level(low_level)], 1))
+    logits = F.interpolate(model.classifier(y), (65, 97), mode="bilinear", align_corners=align_corners)
+    torch.testing.assert_close(model.predict_logits(x), logits)
+
+
+@torch.no_grad()
+def test_image_pooling_is_the_mean_of_the_image() -> None:
+    model = build_model(backbone="resnet18", **SMALL).eval()
+    features = torch.randn(2, 512, 3, 4)
+    seen = []
+    model.aspp.project.conv.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.aspp(features)
+    expected = model.aspp.pool(features.mean((2, 3), keepdim=True))
+    torch.testing.assert_close(seen[0][:, -32:], expected.expand(2, 32, 3, 4))
+    assert build_model(backbone="resnet18", image_pooling=False, **SMALL).aspp.pool is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", VARIANTS, ids=str)
+def test_channels_last_stays(fields: dict) -> None:
+    model = build_model(**SMALL, **fields).to(memory_format=torch.channels_last)
+    wrong = []
+
+    def check(name: str, y: torch.Tensor) -> None:
+        if isinstance(y, torch.Tensor) and not y.is_contiguous(memory_format=torch.channels_last):
+            wrong.append(name)
+
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda _m, _x, y, name=name: check(name, y))
+        if name.endswith(".conv"):
+            module.register_forward_pre_hook(lambda _m, args, name=name: check(f"input of {name}", args[0]))
+    x = torch.randn(2, 3, 65, 97).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(x)
+    assert logits.dtype == torch.bfloat16
+    assert not wrong
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_compiles_to_one_graph(training: bool) -> None:
+    model = build_model(backbone="resnet18", dropout=0.0, **SMALL).train(training)
+    x = torch.randn(2, 3, 33, 50)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_training_on_one_image() -> None:
+    x = torch.randn(1, 3, 64, 64)
+    model = build_model(backbone="resnet18", **SMALL).train()
+    message = r"input of \(1, 3, 64, 64\) leaves in ASPP: expected a batch of 2, or norm group or frozen_batch"
+    with pytest.raises(UserError, match=message):
+        model(x)
+    assert model.eval()(x).shape == (1, 5, 16, 16)
+    for fields in ({"norm": "group"}, {"norm": "frozen_batch"}, {"image_pooling": False}):
+        other = build_model(backbone="resnet18", **fields, **SMALL).train()
+        assert other(x).shape == (1, 5, 16, 16)
+    with pytest.raises(UserError, match=r"input of \(1, 3, 16, 9\) leaves in ASPP"):
+        other(x[..., :16, :9])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"name": "unet"}, "name is 'unet': expected one of deeplabv3, deeplabv3plus"),
+        ({"backbone": "resnet19"}, "backbone is 'resnet19': expected one of resnet18, .*, mobilenet_v2"),
+        ({"output_stride": 4}, "output_stride is 4: expected one of 8, 16, 32"),
+        ({"norm": "layer"}, "norm is 'layer': expected one of batch, sync_batch, frozen_batch, group"),
+        ({"separable_order": "both"}, "separable_order is 'both': expected one of norm_last, norm_each"),
+        ({"first_block_dilation": "next"}, "first_block_dilation is 'next': expected one of stage, previous"),
+        ({"refinements": 3}, "refinements is 3: expected one of 1, 2"),
+        ({"num_classes": 0}, "num_classes is 0: expected 1 or more"),
+        ({"aspp_channels": 0}, "aspp_channels is 0: expected 1 or more"),
+        ({"atrous_rates": (6, 0)}, "atrous_rates is 0: expected 1 or more"),
+        ({"dropout": 1.0}, r"dropout is 1.0: expected a probability in \[0, 1\)"),
+        ({"backbone": "resnet50", "width_mult": 0.5}, "width_mult is 0.5: resnet50 has no width multiplier"),
+        ({"width_mult": 0.0}, "width_mult is 0.0: expected a number above 0"),
+        ({"multi_grid": (1, 2, 4)}, r"multi_grid is \(1, 2, 4\): mobilenet_v2 has none"),
+        ({"backbone": "resnet50", "multi_grid": (1, 2)}, r"multi_grid is \(1, 2\): expected three factors"),
+        ({"backbone": "resnet18", "multi_grid": (1, 2, 4)}, "resnet18 ends with 2 blocks, not three"),
+        ({"beta_stem": True}, "beta_stem is set: mobilenet_v2 .* expected a ResNet backbone"),
+    ],
+    ids=str,
+)
+def test_bad_values_are_named(fields: dict, message: str) -> None:
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        build_model(**{"num_classes": 5, **fields})
+
+
+def test_seed_decides_the_weights() -> None:
+    def build() -> DeepLab:
+        torch.manual_seed(3)
+        return build_model(backbone="resnet18", **SMALL)
+
+    first, second = build().state_dict(), build().state_dict()
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert first["backbone.conv1.weight"].std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
+    assert first["aspp.branches.0.conv.weight"].std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
+    assert first["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.2)
+    assert not first["classifier.bias"].any()
