@@ -1,0 +1,61 @@
+"""Learning-rate factor of each optimiser step, and the averaged copy of the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from .config import OptimConfig
+
+
+def lr_factor(step: int, config: OptimConfig) -> float:
+    """The rate of 0-based `step` over the peak rate: linear warm-up times poly decay (DeepLabv3, section 4.1)."""
+    poly = (1 - step / config.steps) ** config.poly_power
+    if step >= config.warmup_steps:
+        return poly
+    start = config.warmup_lr_mult
+    return poly * (start + (1 - start) * step / config.warmup_steps)
+
+
+def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
+    """SGD's groups: backbone and head, each with and without weight decay. Every parameter stands in exactly one."""
+    backbone = {id(p) for p in model.backbone.parameters()}
+    groups = {(is_head, decay): [] for is_head in (False, True) for decay in (True, False)}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # Weights of convolutions are the only parameters with more than one dimension.
+            decay = config.decay_norm_bias or parameter.ndim > 1
+            groups[id(parameter) not in backbone, decay].append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr_mult": config.head_lr_mult if is_head else 1.0,
+            "weight_decay": config.weight_decay if decay else 0.0,
+        }
+        for (is_head, decay), parameters in groups.items()
+        if parameters
+    ]
+
+
+class WeightAverage:
+    """Exponential moving average of parameters and floating-point buffers; integer buffers are copied.
+
+    The decay of step t is min(decay, (1 + t) / (10 + t)), so that the random first weights are forgotten at once.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay = decay
+        self._pairs = list(zip(self.model.state_dict().values(), model.state_dict().values(), strict=True))
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights after 0-based `step`."""
+        floating = [(mine, new) for mine, new in self._pairs if mine.is_floating_point()]
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_([mine for mine, _ in floating], [new for _, new in floating], weight)
+        for mine, new in self._pairs:
+            if not mine.is_floating_point():
+                mine.copy_(new)

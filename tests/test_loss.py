@@ -1,0 +1,80 @@
+"""The loss against torch's own cross entropy at full resolution, and its edge cases."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from deeplab_fast.loss import cross_entropy_sum, mean_loss, target_weight
+
+CASES = [
+    pytest.param(None, 0.0, False, id="plain"),
+    pytest.param((0.5, 2.0, 1.0, 0.0, 3.0), 0.0, False, id="weights"),
+    pytest.param(None, 0.1, True, id="smoothing"),
+    pytest.param((0.5, 2.0, 1.0, 0.25, 3.0), 0.2, True, id="both"),
+]
+
+
+def draw(seed: int = 0, batch: int = 2):
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(batch, 5, 5, 7, generator=generator)
+    mask = torch.randint(0, 5, (batch, 18, 25), generator=generator).to(torch.uint8)
+    mask[:, :3] = 255
+    return logits, mask
+
+
+@pytest.mark.parametrize(("weights", "smoothing", "align_corners"), CASES)
+def test_matches_torch(weights, smoothing, align_corners):
+    logits, mask = draw()
+    logits.requires_grad_()
+    weights = torch.tensor(weights) if weights else None
+    full = F.interpolate(logits, size=mask.shape[-2:], mode="bilinear", align_corners=align_corners)
+    expected = F.cross_entropy(full, mask.long(), weights, ignore_index=255, label_smoothing=smoothing)
+
+    weight, out_of_range = target_weight(mask, 5, weights)
+    total = cross_entropy_sum(
+        logits, mask, class_weights=weights, label_smoothing=smoothing, align_corners=align_corners
+    )
+    loss = mean_loss(total, weight)
+
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.autograd.grad(expected, logits)[0])
+    assert out_of_range.item() == 0
+
+
+def test_accumulated_passes_equal_one_batch():
+    """Two passes with very different numbers of labelled pixels, divided by their common weight."""
+    logits, mask = draw(batch=4)
+    mask[:2, 2:] = 255
+    logits.requires_grad_()
+    weight = sum(target_weight(part, 5, None)[0] for part in mask.split(2))
+    parts = sum(
+        mean_loss(cross_entropy_sum(part, target), weight)
+        for part, target in zip(logits.split(2), mask.split(2), strict=True)
+    )
+    whole = mean_loss(cross_entropy_sum(logits, mask), target_weight(mask, 5, None)[0])
+    torch.testing.assert_close(parts, whole)
+    torch.testing.assert_close(torch.autograd.grad(parts, logits)[0], torch.autograd.grad(whole, logits)[0])
+
+
+@pytest.mark.parametrize("weights", [None, (1.0, 2.0, 3.0, 4.0, 5.0)])
+def test_all_ignored_gives_zero_loss_and_gradient(weights):
+    logits, mask = draw()
+    logits.requires_grad_()
+    mask.fill_(255)
+    weights = torch.tensor(weights) if weights else None
+    loss = mean_loss(cross_entropy_sum(logits, mask, class_weights=weights), target_weight(mask, 5, weights)[0])
+    assert loss.item() == 0.0
+    assert torch.equal(torch.autograd.grad(loss, logits)[0], torch.zeros_like(logits))
+
+
+def test_labels_that_are_no_class_are_left_out_and_counted():
+    logits, mask = draw()
+    clean = mask.clone()
+    mask[0, 10, :4] = 200
+    clean[0, 10, :4] = 255
+    torch.testing.assert_close(cross_entropy_sum(logits, mask), cross_entropy_sum(logits, clean))
+    weight, out_of_range = target_weight(mask, 5, None)
+    assert out_of_range.item() == 4
+    assert weight.item() == (clean != 255).sum().item()

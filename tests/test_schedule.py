@@ -1,0 +1,72 @@
+"""Learning-rate schedule, parameter groups and the averaged weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deeplab_fast.config import OptimConfig
+from deeplab_fast.schedule import WeightAverage, lr_factor, parameter_groups
+
+
+def test_poly_starts_at_one_and_falls_as_the_formula_says():
+    config = OptimConfig(steps=100, poly_power=0.9)
+    assert lr_factor(0, config) == 1.0
+    assert lr_factor(50, config) == pytest.approx(0.5**0.9)
+    assert lr_factor(99, config) == pytest.approx(0.01**0.9)
+
+
+def test_warm_up_rises_linearly_to_the_poly_curve():
+    config = OptimConfig(steps=1000, warmup_steps=10, warmup_lr_mult=0.1, poly_power=1.0)
+    assert lr_factor(0, config) == pytest.approx(0.1)
+    assert lr_factor(5, config) == pytest.approx((0.1 + 0.9 * 0.5) * (1 - 5 / 1000))
+    assert lr_factor(10, config) == pytest.approx(1 - 10 / 1000)
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.BatchNorm2d(4))
+        self.classifier = nn.Conv2d(4, 2, 1)
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+
+
+def test_every_trained_parameter_stands_in_one_group():
+    model = Tiny()
+    groups = parameter_groups(model, OptimConfig(head_lr_mult=10.0, weight_decay=0.1))
+    seen = [id(p) for group in groups for p in group["params"]]
+    assert len(seen) == len(set(seen)) == 5
+    assert {id(p) for p in model.parameters() if p.requires_grad} == set(seen)
+    found = {(group["lr_mult"], group["weight_decay"]): len(group["params"]) for group in groups}
+    assert found == {(1.0, 0.1): 1, (1.0, 0.0): 2, (10.0, 0.1): 1, (10.0, 0.0): 1}
+
+
+def test_decay_norm_bias_decays_everything():
+    groups = parameter_groups(Tiny(), OptimConfig(weight_decay=0.1, decay_norm_bias=True))
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+def test_average_follows_the_formula_and_covers_buffers():
+    model = Tiny()
+    average = WeightAverage(model, decay=0.9)
+    before = model.classifier.weight.detach().clone()
+    with torch.no_grad():
+        model.classifier.weight.add_(1.0)
+        model.backbone[1].running_mean.fill_(4.0)
+        model.backbone[1].num_batches_tracked.fill_(7)
+    average.update(step=10)
+    decay = 11 / 20
+    mine = average.model
+    torch.testing.assert_close(mine.classifier.weight, decay * before + (1 - decay) * (before + 1.0))
+    torch.testing.assert_close(mine.backbone[1].running_mean, torch.full((4,), (1 - decay) * 4.0))
+    assert mine.backbone[1].num_batches_tracked.item() == 7
+    assert not any(p.requires_grad for p in mine.parameters())
+
+
+def test_average_takes_in_weights_that_were_loaded_later():
+    model = Tiny()
+    average = WeightAverage(model, decay=0.0)
+    model.load_state_dict(Tiny().state_dict())
+    average.update(step=0)
+    torch.testing.assert_close(average.model.state_dict(), model.state_dict())
