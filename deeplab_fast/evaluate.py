@@ -1,0 +1,156 @@
+"""python -m deeplab_fast.evaluate CHECKPOINT: a labelled split in, scores and colour masks out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tqdm import tqdm
+
+from . import checkpoint
+from .cli import run_command
+from .config import DataConfig
+from .data.datasets import Dataset, FileDataset, open_dataset
+from .data.labels import Classes
+from .device import describe, resolve_device, resolve_precision, set_allocator
+from .errors import UserError
+from .files import atomic_path, make_folder
+from .inference import DEFAULT_OVERLAP, predict_dataset
+from .metrics import SegmentationMetrics, format_table
+from .visualize import save_palette_png
+
+SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion")
+"""What --json takes from `metrics.scores`."""
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Score a checkpoint on whole images at their own size.
+
+    Without --data and --root it takes the data set that the checkpoint was trained with.
+    """
+
+    checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
+    """best.pt or last.pt of a training run"""
+    data: Literal["scenes", "voc", "cityscapes", "camvid", "folder"] | None = None
+    """the data set; None: the checkpoint's own"""
+    root: str | None = None
+    """its folder; None: the one in the checkpoint, where --data is not given"""
+    split: str = "val"
+    """the split to score; `val` is the one that training validated on"""
+    json: Path | None = None
+    """write the scores to this file"""
+    output: Path | None = None
+    """write a palette PNG of each prediction into this folder, under the data set's names"""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N"""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device has it, fp16 on older GPUs, else fp32"""
+    workers: int | None = None
+    """loader processes; None: one a core, 8 at most, 0 where there is one core"""
+    window: tuple[int, int] = (0, 0)
+    """height and width of overlapping windows; 0 0: whole images, 1024 x 1024 above 2048 x 2048 pixels"""
+    overlap: float = DEFAULT_OVERLAP
+    """share of a window that the next one covers again"""
+
+
+def choose_data(saved: DataConfig, name: str | None, root: str | None) -> DataConfig:
+    """The checkpoint's data set, or another one; what the flags leave open stays as in the checkpoint.
+
+    Another data set than the checkpoint's keeps none of its root and splits.
+    """
+    if name is not None and name != saved.name:
+        saved = dataclasses.replace(saved, name=name, root=None, train_split=None, val_split=None)
+    return saved if root is None else dataclasses.replace(saved, root=root)
+
+
+def check_classes(model: Classes, data: Classes, checkpoint: Path, name: str) -> None:
+    """UserError unless a model of the classes `model` can be scored on the classes `data`."""
+    if len(model) != len(data):
+        raise UserError(f"{checkpoint} has {len(model)} classes, but the data set {name} has {len(data)}")
+    for index, (ours, theirs) in enumerate(zip(model.names, data.names, strict=True)):
+        if ours != theirs:
+            raise UserError(f"class {index} is {ours!r} in {checkpoint}, but {theirs!r} in the data set {name}")
+
+
+def mask_paths(dataset: Dataset, folder: Path) -> list[Path]:
+    """Where each sample's prediction goes. UserError where that would replace a file of the data set."""
+    paths = [folder / f"{dataset.stem(i)}.png" for i in range(len(dataset))]
+    if isinstance(dataset, FileDataset):
+        sources = {p.resolve() for pair in dataset.pairs for p in (pair.image, pair.mask) if p is not None}
+        for path in paths:
+            if path.resolve() in sources:
+                raise UserError(f"--output {folder}: {path} is a file of the data set; choose another folder")
+    return paths
+
+
+def evaluate(command: EvaluateCommand) -> dict[str, Any]:
+    """Run the command: prints the table, writes the files and returns what --json holds."""
+    device = resolve_device(command.device)
+    dtype = resolve_precision(command.precision, device)
+    model, config, classes = checkpoint.load_model(command.checkpoint, device)
+    data = choose_data(config.data, command.data, command.root)
+    dataset = open_dataset(data, command.split)
+    check_classes(classes, dataset.classes, command.checkpoint, data.name)
+    paths = mask_paths(dataset, command.output) if command.output else None
+    for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
+        make_folder(folder)
+
+    print(f"{command.checkpoint} on {data.name} {dataset.split}; {describe(device, dtype)}")
+    metrics = SegmentationMetrics(len(classes), device)
+    predictions = predict_dataset(
+        model,
+        dataset,
+        workers=data.workers if command.workers is None else command.workers,
+        device=device,
+        dtype=dtype,
+        channels_last=config.run.channels_last,
+        window=command.window if any(command.window) else None,
+        overlap=command.overlap,
+    )
+    began = time.perf_counter()
+    bar = tqdm(predictions, total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
+    for index, _, mask, prediction in bar:
+        if mask is None:
+            raise UserError(
+                f"the split {dataset.split} of {data.name} has no truth to score against; "
+                "python -m deeplab_fast.predict draws its masks"
+            )
+        metrics.update(prediction, mask.to(device, non_blocking=True))
+        if paths:
+            save_palette_png(paths[index], prediction.cpu().numpy(), classes)
+    result = metrics.compute()  # waits for the device
+    speed = len(dataset) / (time.perf_counter() - began)
+    print(f"\n{format_table(result, classes.names)}\n\n{len(dataset)} images, {speed:.1f} images/s")
+    return {
+        **{key: result[key] for key in SCORES},
+        "checkpoint": str(command.checkpoint),
+        "data": data.name,
+        "split": dataset.split,
+        "images": len(dataset),
+        "classes": list(classes.names),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; a user's mistake raises UserError."""
+    command = tyro.cli(EvaluateCommand, prog="python -m deeplab_fast.evaluate", args=argv)
+    set_allocator()
+    result = evaluate(command)
+    if command.output:
+        print(f"masks in {command.output}")
+    if command.json:
+        with atomic_path(command.json) as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        print(f"scores in {command.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,151 @@
+"""A trained model and images -> label maps: whole images, or overlapping windows where they are large.
+
+Validation during training, `evaluate` and `predict` all come through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .data.augment import prepare
+from .data.datasets import Dataset
+from .data.loader import eval_samples
+from .device import autocast
+from .errors import UserError
+from .metrics import SegmentationMetrics
+
+LARGEST_WHOLE = 2048 * 2048
+"""Pixels of the largest image that is predicted in one piece where no window is asked for."""
+DEFAULT_WINDOW = (1024, 1024)
+"""Height and width of the windows for larger ones."""
+DEFAULT_OVERLAP = 0.25
+"""Share of a window that the next one covers again, at least."""
+
+
+@torch.inference_mode()
+def predict_image(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    window: tuple[int, int] | None = None,
+    overlap: float = DEFAULT_OVERLAP,
+) -> Tensor:
+    """image uint8 (H, W, 3) RGB of any size -> label map uint8 (H, W) on `device`.
+
+    dtype: that of autocast. window: height and width in pixels of overlapping windows; None: the whole image
+    at once up to LARGEST_WHOLE pixels, DEFAULT_WINDOW above. A window larger than the image shrinks to it.
+    Windows are blended by the mean of their class probabilities, weighted by a tent that falls towards the
+    window's edges, where the model sees least context; memory grows with K * window height * image width.
+    The model must be in eval mode. A bad window or overlap, and a GPU out of memory, raise UserError.
+    """
+    if window is not None and min(window) < 1:
+        raise UserError(f"the window is {window}: expected a height and a width of 1 or more")
+    if not 0 <= overlap < 1:
+        raise UserError(f"the overlap is {overlap}: expected a share in [0, 1)")
+    height, width = image.shape[:2]
+    if window is None and height * width > LARGEST_WHOLE:
+        window = DEFAULT_WINDOW
+    image = image.to(device, non_blocking=True)
+
+    def logits(part: Tensor) -> Tensor:
+        x = prepare(part[None], None, dtype=dtype, channels_last=channels_last)
+        with autocast(device, dtype):
+            return model.predict_logits(x)[0]  # (K, h, w)
+
+    try:
+        if window is None or (window[0] >= height and window[1] >= width):
+            return logits(image).argmax(0).to(torch.uint8)
+        return _blend(logits, image, window, overlap)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU has too little memory for an image of {width} x {height} pixels at window {window}: "
+            "give a smaller --window"
+        ) from error
+
+
+def predict_dataset(
+    model: nn.Module, dataset: Dataset, *, workers: int | None = None, **options: Any
+) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
+    """In order: index, image uint8 (H, W, 3), truth uint8 (H, W) or None, prediction uint8 (H, W).
+
+    The prediction lies on the device, the rest on the CPU. options: those of `predict_image`.
+    """
+    for index, image, mask in eval_samples(dataset, workers):
+        yield index, image, mask, predict_image(model, image, **options)
+
+
+def evaluate_dataset(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    device: torch.device,
+    workers: int | None = None,
+    keep: Collection[int] = (),
+    each: Callable[[], object] | None = None,
+    **options: Any,
+) -> tuple[dict[str, Any], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
+    """The scores of a data set (see `metrics.scores`), and image, truth, prediction of the indices in `keep`.
+
+    each: called after every image. options: those of `predict_image`. A sample without truth raises
+    UserError.
+    """
+    metrics = SegmentationMetrics(len(dataset.classes), device)
+    kept = []
+    for index, image, mask, prediction in predict_dataset(model, dataset, workers=workers, device=device, **options):
+        if mask is None:
+            raise UserError(f"the split {dataset.split} of the data set {dataset.name} has no truth to score against")
+        metrics.update(prediction, mask.to(device, non_blocking=True))
+        if index in keep:
+            kept.append((image.numpy(), mask.numpy(), prediction.cpu().numpy()))
+        if each is not None:
+            each()
+    return metrics.compute(), kept
+
+
+def _blend(logits: Callable[[Tensor], Tensor], image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
+    """Label map uint8 (H, W) from windows, one row of windows after the other.
+
+    Only a band of probabilities as high as a window is kept: what lies above the next row is final.
+    The sum of weights is not divided by, since it is the same for all classes of a pixel.
+    """
+    height, width = image.shape[:2]
+    high, wide = min(window[0], height), min(window[1], width)
+    tops, lefts = _starts(height, high, overlap), _starts(width, wide, overlap)
+    weight = _tent(high, image.device)[:, None] * _tent(wide, image.device)  # (high, wide)
+    labels = torch.empty(height, width, dtype=torch.uint8, device=image.device)
+    band = None  # fp32 (K, high, W)
+    for top, following in zip(tops, [*tops[1:], height], strict=True):
+        for left in lefts:
+            scores = logits(image[top : top + high, left : left + wide]).float().softmax(0)
+            if band is None:
+                band = scores.new_zeros(len(scores), high, width)
+            band[:, :, left : left + wide] += scores.mul_(weight)
+        final = following - top
+        labels[top:following] = band[:, :final].argmax(0)
+        rest = band[:, final:].clone()
+        band[:, : high - final] = rest
+        band[:, high - final :] = 0
+    return labels
+
+
+def _starts(size: int, window: int, overlap: float) -> list[int]:
+    """Where windows begin along an axis: evenly spread, neighbours share at least `overlap` of a window."""
+    if size <= window:
+        return [0]
+    step = max(1, int(window * (1 - overlap)))
+    gaps = -(-(size - window) // step)
+    return [i * (size - window) // gaps for i in range(gaps + 1)]
+
+
+def _tent(size: int, device: torch.device) -> Tensor:
+    """fp32 (size,): 1 in the middle, falling linearly to just above 0 at both ends."""
+    distance = torch.arange(size, device=device, dtype=torch.float32) + 0.5
+    return torch.minimum(distance, size - distance) / (size / 2)

@@ -1,0 +1,171 @@
+"""evaluate on CamVid-like files whose pixels carry their class's colour, with a model that reads it back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from deeplab_fast import checkpoint, cli
+from deeplab_fast.config import Config, DataConfig, ModelConfig
+from deeplab_fast.data.augment import MEAN, STD
+from deeplab_fast.data.labels import CAMVID, VOC, Classes
+from deeplab_fast.data.scenes import SCENES
+from deeplab_fast.errors import UserError
+from deeplab_fast.evaluate import check_classes, choose_data, main
+
+JSON_KEYS = {
+    *("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion"),
+    *("checkpoint", "data", "split", "images", "classes"),
+}
+
+
+class Oracle(nn.Module):
+    """Scores a class by how near the pixel is to the class's colour."""
+
+    def __init__(self, classes: Classes) -> None:
+        super().__init__()
+        self.seen: set[tuple[int, int]] = set()
+        self.register_buffer("palette", torch.tensor(classes.palette, dtype=torch.float32))
+
+    def predict_logits(self, x: Tensor) -> Tensor:
+        self.seen.add(tuple(x.shape[-2:]))
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
+        rgb = 255 * (x.float() * std + mean)
+        return -(rgb[:, None] - self.palette[None, :, :, None, None]).square().sum(2)
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """Two images of odd sizes: sky above road, part of which looks like a car; a row between is void."""
+    root = tmp_path / "camvid"
+    for number, (height, width) in enumerate([(21, 33), (35, 18)]):
+        truth = np.zeros((height, width), np.uint8)
+        truth[10:] = 3
+        looks = truth.copy()
+        looks[12:15, :4] = 8
+        truth[9] = 11
+        for split in ("train", "val"):
+            for folder, picture in (
+                (split, np.array(CAMVID.palette, np.uint8)[looks]),
+                (split + "annot", truth),
+            ):
+                (root / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(picture).save(root / folder / f"street{number}.png")
+    return root
+
+
+@pytest.fixture
+def oracle(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> Oracle:
+    model = Oracle(CAMVID)
+    config = Config(data=DataConfig(name="camvid", root=str(camvid), workers=0))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (model, config, CAMVID))
+    return model
+
+
+def test_scores_masks_and_json(oracle, camvid, tmp_path, capsys):
+    options = ["--precision", "fp32", "--device", "cpu"]
+    paths = ["--json", str(tmp_path / "new" / "scores.json"), "--output", str(tmp_path / "masks")]
+    assert main(["best.pt", *options, *paths]) == 0
+    saved = json.loads((tmp_path / "new" / "scores.json").read_text())
+    road, sky, car = 11 * 33 + 25 * 18, 9 * 33 + 9 * 18, 2 * 12
+    assert saved.keys() == JSON_KEYS
+    assert saved["class_iou"] == [
+        1.0,
+        None,
+        None,
+        (road - car) / road,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        None,
+        None,
+    ]
+    assert saved["miou"] == pytest.approx((1 + (road - car) / road) / 3)
+    assert saved["pixel_accuracy"] == pytest.approx((sky + road - car) / (sky + road))
+    assert saved["mean_accuracy"] == pytest.approx((1 + (road - car) / road) / 2)
+    assert saved["confusion"][3][8] == car and saved["confusion"][0][0] == sky
+    assert (saved["data"], saved["split"], saved["images"]) == ("camvid", "val", 2)
+    assert saved["classes"] == list(CAMVID.names) and saved["checkpoint"] == "best.pt"
+
+    with Image.open(tmp_path / "masks" / "street1.png") as mask:
+        assert mask.mode == "P" and mask.size == (18, 35)
+        assert (np.array(mask)[12:15, :4] == 8).all()
+    printed = capsys.readouterr().out
+    assert "mean IoU" in printed and "2 images, " in printed
+    rows = {line.split()[0]: line.split()[1:] for line in printed.splitlines() if line}
+    assert rows["tree"] == ["absent", "absent", "0"] and rows["car"] == ["0.0000", "absent", "0"]
+
+
+def test_windows_change_nothing_for_a_pixelwise_model(oracle, tmp_path):
+    results = []
+    for name, window, sizes in (
+        ("whole", [], {(21, 33), (35, 18)}),
+        ("tiled", ["--window", "8", "10"], {(8, 10)}),
+    ):
+        oracle.seen.clear()
+        main(["best.pt", "--precision", "fp32", "--json", str(tmp_path / name), *window])
+        assert oracle.seen == sizes
+        results.append(json.loads((tmp_path / name).read_text()))
+    assert results[0] == results[1]
+
+
+def test_masks_never_replace_the_data(oracle, camvid):
+    for folder in ("val", "valannot"):
+        with pytest.raises(UserError, match=r"street0\.png is a file of the data set"):
+            main(["best.pt", "--output", str(camvid / folder)])
+
+
+def test_a_label_that_is_no_class_is_named(oracle, camvid):
+    Image.fromarray(np.full((21, 33), 200, np.uint8)).save(camvid / "valannot" / "street0.png")
+    with pytest.raises(UserError, match=r"street0\.png holds 200"):
+        main(["best.pt"])
+
+
+def test_a_mistake_is_one_sentence_and_status_2(oracle, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.run_command(lambda: main(["best.pt", "--root", "nowhere"]))
+    assert ended.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith("error: ") and "nowhere" in text and text.count("\n") == 1
+
+
+def test_the_data_set_of_the_checkpoint_is_the_default():
+    saved = DataConfig(name="camvid", root="a", val_split="test", workers=3)
+    assert choose_data(saved, None, None) == saved
+    assert choose_data(saved, "camvid", "b") == DataConfig(name="camvid", root="b", val_split="test", workers=3)
+    assert choose_data(saved, "voc", "b") == DataConfig(name="voc", root="b", workers=3)
+    assert choose_data(saved, "scenes", None) == DataConfig(name="scenes", workers=3)
+
+
+def test_other_classes_are_refused():
+    with pytest.raises(UserError, match=r"a\.pt has 21 classes, but the data set camvid has 11"):
+        check_classes(VOC, CAMVID, Path("a.pt"), "camvid")
+    renamed = Classes((*CAMVID.names[:8], "lorry", *CAMVID.names[9:]), CAMVID.palette)
+    with pytest.raises(UserError, match="class 8 is 'car' in a.pt, but 'lorry' in the data set mine"):
+        check_classes(CAMVID, renamed, Path("a.pt"), "mine")
+
+
+def test_a_scenes_checkpoint_evaluates_without_a_flag(tmp_path):
+    model = ModelConfig(width_mult=0.25, aspp_channels=8, low_level_channels=4, decoder_channels=8)
+    config = Config(data=DataConfig(scene_size=(48, 64), scene_val_count=2, workers=0), model=model)
+    torch.manual_seed(0)
+    content = {
+        "step": 1,
+        "model": checkpoint.build(config, SCENES).state_dict(),
+        "config": config.to_dict(),
+        "classes": checkpoint.classes_to_dict(SCENES),
+        "metrics": {},
+    }
+    checkpoint.save(tmp_path / "best.pt", content)
+    assert main([str(tmp_path / "best.pt"), "--json", str(tmp_path / "scores.json")]) == 0
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert sum(map(sum, saved["confusion"])) == 2 * 48 * 64
+    assert saved["data"] == "scenes" and len(saved["class_iou"]) == len(SCENES)
