@@ -1,0 +1,103 @@
+"""What a training run leaves behind: config.json, metrics.jsonl, TensorBoard events and the pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .config import Config
+from .data.labels import Classes
+from .errors import UserError
+from .files import atomic_path
+from .visualize import colourise, save_confusion, save_curves, save_samples
+
+
+def new_run_folder(wanted: str, *, explicit: bool) -> Path:
+    """The folder of a new run, created. A folder that holds a run is never written over: where the user named it
+    that is an error, otherwise the next free `wanted-2`, `wanted-3` ... is taken."""
+    folder = Path(wanted)
+    number = 2
+    while (folder / "config.json").exists():
+        if explicit:
+            raise UserError(f"{folder} holds a run already: give another --output, or go on with --resume {folder}")
+        folder = Path(f"{wanted}-{number}")
+        number += 1
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be created ({error.strerror})") from None
+    return folder
+
+
+class RunRecord:
+    """Writes the record of one run into `folder`; with `start_step` it goes on from there and drops later lines."""
+
+    def __init__(self, folder: Path, config: Config, classes: Classes, start_step: int) -> None:
+        self.folder, self.classes = folder, classes
+        self.path = folder / "metrics.jsonl"
+        self.lines = [line for line in _read_lines(self.path) if line["step"] <= start_step] if start_step else []
+        with atomic_path(folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        self._file = self.path.open("a", buffering=1)
+        self._writer = None
+        if config.run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """One line of training figures; the keys are step, loss, lr, images_per_second ..."""
+        self._write(line, prefix="train")
+
+    def validation(self, step: int, metrics: dict[str, Any], samples: list[tuple[np.ndarray, ...]]) -> None:
+        """One line of validation figures, and the pictures drawn anew.
+
+        samples: (image uint8 (H, W, 3), truth uint8 (H, W), prediction uint8 (H, W)) each.
+        """
+        named = {name: iou for name, iou in zip(self.classes.names, metrics["class_iou"], strict=True)}
+        kept = {key: metrics[key] for key in ("miou", "pixel_accuracy", "mean_accuracy", "fw_iou")}
+        self._write({"step": step, **kept, "class_iou": named}, prefix="val")
+        save_confusion(self.folder / "confusion.png", metrics["confusion"], self.classes)
+        save_samples(self.folder / "samples.png", samples, self.classes)
+        self.curves()
+        if self._writer:
+            for number, (image, truth, prediction) in enumerate(samples):
+                row = [image, colourise(truth, self.classes), colourise(prediction, self.classes)]
+                self._writer.add_image(f"samples/{number}", np.concatenate(row, axis=1), step, dataformats="HWC")
+            self._writer.flush()
+
+    def curves(self) -> None:
+        """Draw curves.png from all lines so far."""
+        save_curves(self.folder / "curves.png", self.lines)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._writer:
+            self._writer.close()
+
+    def _write(self, line: dict[str, Any], prefix: str) -> None:
+        self.lines.append(line)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if self._writer:
+            for key, value in line.items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self._writer.add_scalar(f"{prefix}/{key}", value, line["step"])
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that a kill cut short is dropped."""
+    lines = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
