@@ -1,0 +1,121 @@
+"""Ratios of interleaved variants, and the JSON that holds them with the device and the versions.
+
+python -m benchmarks.ratios SINCE PART=OUTCOME... adds what became of the parts of run_on_gpu.sh, begun at
+SINCE (seconds of the epoch), to the JSON of the first GPU. Where none was written since, it has no results.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks.shapes import TINY
+from deeplab_fast import __version__
+from deeplab_fast.info import cpu_name, version_of
+from deeplab_fast.ops import native
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 1 if TINY else 5
+WARM_UP = 1 if TINY else 12
+ROUND_SECONDS = 0.0 if TINY else 0.05  # of one variant in one round, at least
+
+
+class Variant(NamedTuple):
+    run: Callable[[], Any]
+    bytes_moved: int
+
+
+def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
+    """Wall-clock time of one call, the device's work included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / calls
+
+
+def interleave(variants: Mapping[str, Variant], ours: str, device: torch.device) -> dict[str, Any]:
+    """Five rounds after a dozen warm-ups, all variants in each: medians, and medians of the ratios.
+
+    ratio: the variant's time over that of `ours` in the same round; above 1, ours is faster
+    """
+    calls = {}
+    for name, variant in variants.items():
+        for _ in range(WARM_UP):
+            variant.run()
+        calls[name] = max(1, int(ROUND_SECONDS / seconds(variant.run, device)))
+    rounds = [{n: seconds(v.run, device, calls[n]) for n, v in variants.items()} for _ in range(ROUNDS)]
+    rows = {}
+    for name, variant in variants.items():
+        median = statistics.median(times[name] for times in rounds)
+        rows[name] = {
+            "median_ms": round(median * 1e3, 4),
+            "ratio": round(statistics.median(times[name] / times[ours] for times in rounds), 2),
+            "gb_s": round(variant.bytes_moved / median / 1e9, 2),
+        }
+    return rows
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """What a reader has to know to judge the numbers; nothing of whose machine it is."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    versions = {"deeplab_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
+        "threads": torch.get_num_threads(),
+        "versions": versions | {name: version_of(name) for name in ("triton", "numpy")},
+        "native": native.status(),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def results_path(device_name: str) -> Path:
+    """results/<device>.json; results of tiny shapes lie beside it and are not to be committed."""
+    slug = re.sub(r"[^a-z0-9]+", "_", device_name.lower()).strip("_")
+    return RESULTS / f"{slug}{'_tiny' if TINY else ''}.json"
+
+
+def save(groups: Mapping[str, Mapping[str, Variant]], roof: Mapping[str, float], device: torch.device) -> Path:
+    """Runs every group interleaved against its variant `native` and writes the JSON. Returns its path."""
+    results = {}
+    for group, variants in groups.items():
+        if "native" in variants:
+            results[group] = interleave(variants, "native", device)
+            for row in results[group].values():
+                row["share_of_copy"] = round(row["gb_s"] / roof["copy_gb_s"], 3)
+    about = describe(device)
+    about |= {"roof": {name: round(rate, 3) for name, rate in roof.items()}, "results": results}
+    path = results_path(about["device"])
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    return path
+
+
+def main(since: str, *parts: str) -> None:
+    about = describe(torch.device("cuda", 0))
+    path = results_path(about["device"])
+    if path.exists() and path.stat().st_mtime >= int(since):
+        about = json.loads(path.read_text())
+    about["parts"] = dict(part.split("=", 1) for part in parts)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(about, indent=1) + "\n")
+    print(f"wrote {path.name}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
