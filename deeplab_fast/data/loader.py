@@ -158,5 +158,6 @@ def _as_it_is(sample: object) -> object:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches every process of the group; the main process alone answers it and stops the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and often SIGTERM, reach every process of the group; the main process answers and ends the workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

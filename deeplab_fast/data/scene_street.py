@@ -123,6 +123,8 @@ def _people(canvas: Canvas, street: Street, rng: np.random.Generator) -> None:
         if rng.random() < 0.2:
             x, _ = street.across(rng.random(), z)
         tall = between(rng, 1.5, 1.92) if rng.random() < 0.85 else between(rng, 1.05, 1.4)
+        if canvas.outside((x - 0.5, z), (x + 0.5, z)):
+            continue
         canvas.shadow((x - 0.22, z), (x + 0.22, z), tall)
         canvas.contact((x - 0.35, z - 0.2), (x + 0.35, z - 0.2), (0.0, 0.4), 0.6)
         canvas.upright((x, z), 0.62 * tall, 0, tall, textures.person(rng, tall), PERSON)
@@ -181,8 +183,8 @@ def _tree(canvas: Canvas, p: Point, rng: np.random.Generator) -> None:
     x, z = p
     tall = between(rng, 4.0, 9.0)
     wide = tall * between(rng, 0.2, 0.36)
-    if z < 3.5 or abs(canvas.column(x, z) - canvas.width / 2) > canvas.width / 2 + 2 * wide * canvas.focal / z:
-        return  # it would fill the picture, or lies outside
+    if z < 3.5 or canvas.outside((x - 2 * wide, z), (x + 2 * wide, z)):
+        return  # so near that it would fill the picture, or not in it
     if rng.random() < 0.2:  # a poplar or a conifer
         blobs = [(0.0, tall * f, wide * 0.9 * (1.15 - f), tall * 0.22) for f in (0.3, 0.5, 0.7, 0.85)]
     else:
@@ -222,16 +224,19 @@ def _plot(canvas: Canvas, street: Street, side: Side, rng: np.random.Generator, 
         for _ in range(rng.integers(1, 4)):
             _tree(canvas, street.at(side, offset + between(rng, -1.0, 6.0), between(rng, z0, z1)), rng)
         return
+    near, far = street.at(side, offset, z0), street.at(side, offset, z1)
+    deep = 9.0 * side.sign
+    corner = (near[0] + deep, near[1])
+    if canvas.outside(near, far, corner):
+        return
     height = between(rng, *{"town": (7.0, 20.0), "suburb": (3.0, 6.5), "works": (4.0, 8.0)}[side.kind])
     rise = between(rng, 1.5, 3.2) if side.kind == "suburb" or rng.random() < 0.35 else 0.0
     wall = textures.facade(rng, height, shop=side.kind == "town" and rng.random() < 0.5)
-    near, far = street.at(side, offset, z0), street.at(side, offset, z1)
     canvas.shadow(near, far, height)
     canvas.panel(near, far, 0, height, wall, BUILDING)
-    deep = 9.0 * side.sign
     if side.sign * near[0] > 0:  # the end wall faces the street
         end = textures.gable(wall, height, rise, abs(deep)) if rise else wall
-        canvas.panel(near, (near[0] + deep, near[1]), 0, height + rise, end, BUILDING)
+        canvas.panel(near, corner, 0, height + rise, end, BUILDING)
     if rise:
         # A slope is painted as an upright panel that stands back: from the street they look alike.
         back = 0.28 * deep
