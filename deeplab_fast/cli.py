@@ -1,8 +1,9 @@
-"""What the commands share: the flags of `train` made from the config, and how a command ends."""
+"""What the commands share: the flags of `train` made from the config, and how a command is stopped and ends."""
 
 from __future__ import annotations
 
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -97,6 +98,31 @@ def _check_unchanged(saved: Config, asked: Config, resume: str) -> None:
                     f"--resume {resume}: {name} was {value!r} and cannot become {after[group][name]!r}; a run goes on "
                     "as it began (to start anew from its weights: --weights with its best.pt)"
                 )
+
+
+class Stopped(Exception):
+    """The user or the system asked the run to end; the state is saved."""
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM set a flag that the loop reads between two steps; a second Ctrl-C ends the process at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def check(self) -> None:
+        if self.signal:
+            raise Stopped
+
+    def restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 def run_command(main: Callable[[], int]) -> NoReturn:

@@ -119,16 +119,18 @@ class OptimConfig:
     """forward passes in one optimiser step"""
     steps: int = 30_000
     """optimiser steps"""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, or AdamW, which learns in fewer steps from random weights"""
     lr: float = 0.01
     """peak learning rate of the backbone"""
     head_lr_mult: float = 10.0
     """learning rate of ASPP, decoder and classifier over the backbone's"""
     momentum: float = 0.9
-    """of SGD"""
+    """of SGD; AdamW's first beta"""
     nesterov: bool = False
-    """Nesterov's momentum"""
+    """SGD only: Nesterov's momentum"""
     weight_decay: float = 1e-4
-    """L2 penalty"""
+    """L2 penalty of SGD; AdamW's decoupled decay"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
     poly_power: float = 0.9

@@ -6,7 +6,6 @@ Without a flag it trains on the built-in street scenes. It reads from top to bot
 from __future__ import annotations
 
 import math
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .cli import TrainCommand, parse_train, run_command
+from .cli import Stopped, StopRequest, TrainCommand, parse_train, run_command
 from .config import Config
 from .data.augment import prepare
 from .data.datasets import Dataset, check_dataset, open_dataset
@@ -30,32 +29,7 @@ from .loss import cross_entropy_sum, mean_loss, target_weight
 from .model import load_backbone_weights, load_matching
 from .model.weights import read_state_dict
 from .record import RunRecord, new_run_folder
-from .schedule import WeightAverage, lr_factor, parameter_groups
-
-
-class Stopped(Exception):
-    """The user or the system asked the run to end; the state is saved."""
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM set a flag that the loop reads between two steps; a second Ctrl-C ends the process at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.signal:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def check(self) -> None:
-        if self.signal:
-            raise Stopped
-
-    def restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
+from .schedule import WeightAverage, build_optimizer, lr_factor
 
 
 class Training:
@@ -79,9 +53,7 @@ class Training:
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
-        self.optimizer = torch.optim.SGD(
-            parameter_groups(self.model, optim), lr=optim.lr, momentum=optim.momentum, nesterov=optim.nesterov
-        )
+        self.optimizer = build_optimizer(self.model, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.class_weights = _class_weights(config, len(self.classes.names), self.device)
         if resumed is not None:
@@ -209,16 +181,23 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
     run = training.config.run
     count = min(run.sample_count, len(dataset))
     shown = {round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}
-    metrics, samples = evaluate_dataset(
-        training.evaluated_model.eval(),
-        dataset,
-        device=training.device,
-        dtype=training.dtype,
-        channels_last=run.channels_last,
-        workers=training.config.data.workers,
-        keep=shown,
-        each=stop.check,
-    )
+
+    def each() -> None:
+        stop.check()
+        seen.update()
+
+    seen = tqdm(total=len(dataset), desc="validation", unit="image", dynamic_ncols=True, disable=None, leave=False)
+    with seen:
+        metrics, samples = evaluate_dataset(
+            training.evaluated_model.eval(),
+            dataset,
+            device=training.device,
+            dtype=training.dtype,
+            channels_last=run.channels_last,
+            workers=training.config.data.workers,
+            keep=shown,
+            each=each,
+        )
     record.validation(training.step, metrics, samples)
     training.validated_step = training.step
     if metrics["miou"] > training.best_miou:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from deeplab_fast.config import OptimConfig
-from deeplab_fast.schedule import WeightAverage, lr_factor, parameter_groups
+from deeplab_fast.schedule import WeightAverage, build_optimizer, lr_factor, parameter_groups
 
 
 def test_poly_starts_at_one_and_falls_as_the_formula_says():
@@ -45,6 +45,16 @@ def test_every_trained_parameter_stands_in_one_group():
 def test_decay_norm_bias_decays_everything():
     groups = parameter_groups(Tiny(), OptimConfig(weight_decay=0.1, decay_norm_bias=True))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+def test_optimiser_takes_groups_momentum_and_decay(name, kind):
+    optimizer = build_optimizer(Tiny(), OptimConfig(optimizer=name, momentum=0.8, weight_decay=0.3, head_lr_mult=2.0))
+    assert type(optimizer) is kind
+    assert sorted({group["lr_mult"] for group in optimizer.param_groups}) == [1.0, 2.0]
+    assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.3]
+    for group in optimizer.param_groups:
+        assert (group["momentum"] if name == "sgd" else group["betas"][0]) == 0.8
 
 
 def test_average_follows_the_formula_and_covers_buffers():

@@ -28,6 +28,9 @@ TINY = [
 ]
 
 
+EIGHT = ("--steps", "8", "--val-every", "4", "--save-every", "3")
+
+
 def run(*flags: str, output: Path) -> Path:
     """Train in this process."""
     parsed, resumed = parse_train([*TINY, *flags, "--output", str(output)])
@@ -80,7 +83,7 @@ def assert_equal(one, other, name: str) -> None:
 def finished(tmp_path_factory) -> Path:
     """A run of eight steps, never interrupted."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    return run("--steps", "8", "--val-every", "4", "--save-every", "3", output=folder)
+    return run(*EIGHT, output=folder)
 
 
 def test_folder_holds_the_whole_record(finished):
@@ -107,8 +110,10 @@ def test_learning_rate_follows_warm_up_and_poly(finished):
     assert rates[0] < rates[1] < rates[2]
 
 
-def test_resume_equals_a_run_that_was_never_interrupted(tmp_path, finished, monkeypatch):
+@pytest.mark.parametrize("flags", [(), ("--optimizer", "adamw", "--lr", "0.001")], ids=["sgd", "adamw"])
+def test_resume_equals_a_run_that_was_never_interrupted(tmp_path, monkeypatch, flags):
     """Stopped between two saves: the steps since the last save are repeated."""
+    whole = run(*EIGHT, *flags, output=tmp_path / "whole")
     optimise = command.optimise
 
     def killed(training, batches):
@@ -118,11 +123,11 @@ def test_resume_equals_a_run_that_was_never_interrupted(tmp_path, finished, monk
 
     monkeypatch.setattr(command, "optimise", killed)
     with pytest.raises(MemoryError):
-        run("--steps", "8", "--val-every", "4", "--save-every", "3", output=tmp_path / "cut")
+        run(*EIGHT, *flags, output=tmp_path / "cut")
     monkeypatch.undo()
     assert checkpoint.load(tmp_path / "cut" / "last.pt")["step"] == 3
     resume(tmp_path / "cut")
-    assert_same_run(finished, tmp_path / "cut")
+    assert_same_run(whole, tmp_path / "cut")
 
 
 def test_resume_does_a_validation_that_the_stop_cut_short(tmp_path, finished, monkeypatch):
@@ -133,14 +138,14 @@ def test_resume_does_a_validation_that_the_stop_cut_short(tmp_path, finished, mo
 
     monkeypatch.setattr(command, "validate", stopped)
     with pytest.raises(SystemExit):
-        run("--steps", "8", "--val-every", "4", "--save-every", "3", output=tmp_path / "cut")
+        run(*EIGHT, output=tmp_path / "cut")
     monkeypatch.setattr(command, "validate", validate)
     resume(tmp_path / "cut")
     assert_same_run(finished, tmp_path / "cut")
 
 
 def test_resume_does_not_depend_on_the_workers(tmp_path, finished):
-    run("--steps", "8", "--val-every", "4", "--save-every", "3", "--workers", "2", output=tmp_path / "two")
+    run(*EIGHT, "--workers", "2", output=tmp_path / "two")
     first, second = checkpoint.load(finished / "last.pt"), checkpoint.load(tmp_path / "two" / "last.pt")
     assert_equal(first["model"], second["model"], "model")
 
@@ -161,7 +166,7 @@ def test_stop_saves_and_says_how_to_go_on(tmp_path, number, status):
 def test_kill_then_resume(tmp_path, finished):
     """SIGKILL in the middle of a run of the same eight steps, whatever it was doing, then --resume."""
     folder = tmp_path / "killed"
-    process = start("--steps", "8", "--val-every", "4", "--save-every", "3", output=folder)
+    process = start(*EIGHT, output=folder)
     wait_for_steps(folder, process, 4)
     process.kill()
     process.communicate()
