@@ -9,6 +9,7 @@ import sys
 import torch
 
 from .errors import UserError
+from .ops import native
 
 # glibc's mallopt parameter numbers (malloc.h); values are ints, so 1 << 30 is the most that is safe.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -71,6 +72,8 @@ def set_allocator() -> bool:
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:
-    """One line for a command's first output."""
+    """For a command's first output: device and precision, and on a second line why there are no native kernels."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return f"{name}, {str(dtype).removeprefix('torch.')}"
+    line = f"{name}, {str(dtype).removeprefix('torch.')}"
+    reason = native.why_not(device)
+    return f"{line}\nthe ops run in plain PyTorch: {reason}" if reason else line

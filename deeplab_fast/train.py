@@ -252,16 +252,16 @@ def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
     set_allocator()
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     training = Training(config, train_set)
+    training.start(resumed)
     if config.data.check:
         for dataset in (train_set, val_set):
             check_dataset(dataset, config.data.workers)
-    training.start(resumed)
     folder = Path(config.run.output) if resumed else new_run_folder(config.run.output, explicit=command.output_given)
     record = RunRecord(folder, config, training.classes, training.step)
     print(
-        f"{config.model.name} {config.model.backbone} on {config.data.name} "
-        f"({len(train_set)} training, {len(val_set)} validation images, {len(training.classes.names)} classes), "
-        f"{describe(training.device, training.dtype)}; writing {folder}",
+        f"{config.model.name} {config.model.backbone} on {config.data.name}: {len(train_set)} training and "
+        f"{len(val_set)} validation images, {len(training.classes)} classes; writing {folder}\n"
+        f"{describe(training.device, training.dtype)}",
         flush=True,
     )
     stop = StopRequest()
@@ -274,7 +274,11 @@ def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
     finally:
         stop.restore()
         record.close()
-    print(f"best validation mIoU {training.best_miou:.4f}; {folder}: best.pt, samples.png, curves.png, confusion.png")
+    print(
+        f"best validation mIoU {training.best_miou:.4f}; look at {folder / 'samples.png'}\n"
+        f"score it: python -m deeplab_fast.evaluate {folder / 'best.pt'}\n"
+        f"use it: python -m deeplab_fast.predict {folder / 'best.pt'} IMAGE... --output DIR"
+    )
     return folder
 
 

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 
-from deeplab_fast.device import autocast, resolve_device, resolve_precision, set_allocator
+from deeplab_fast.device import autocast, describe, resolve_device, resolve_precision, set_allocator
 from deeplab_fast.errors import UserError
+from deeplab_fast.ops import native
 
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x"])
@@ -44,3 +45,11 @@ def test_autocast_casts_to_the_precision():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mallopt is glibc's")
 def test_allocator_accepts_the_settings():
     assert set_allocator()
+
+
+def test_commands_say_where_there_are_no_native_kernels(monkeypatch):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(native, "load", lambda: None)
+    first, second = describe(cpu, torch.float32).splitlines()
+    assert first == f"CPU, {torch.get_num_threads()} threads, float32"
+    assert second.startswith("the ops run in plain PyTorch: deeplab_fast._C is not built")
