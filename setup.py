@@ -1,9 +1,9 @@
 """Builds deeplab_fast._C with CMake and ninja.
 
-What is built is decided here; sources, flags and architectures are CMakeLists.txt's.
-
+What is built is decided here; sources, flags and architectures are CMakeLists.txt's. Switches of the environment:
 DEEPLAB_FAST_NATIVE=0: pure Python. =1: a missing compiler is an error.
 DEEPLAB_FAST_CUDA=0: no CUDA kernels. =1: a missing nvcc is an error.
+DEEPLAB_FAST_WERROR=1: a compiler's warning is an error.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,28 +26,21 @@ BUILD = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platfor
 
 def flag(environ: Mapping[str, str], name: str) -> bool | None:
     """True for 1, False for 0, None where the variable is unset or empty."""
-    value = environ.get(name, "")
-    if value not in ("", "0", "1"):
+    if (value := environ.get(name, "")) not in ("", "0", "1"):
         raise SystemExit(f"{name} is {value!r}; expected 0, 1 or nothing")
     return value == "1" if value else None
 
 
+def which(names: Iterable[str | None], environ: Mapping[str, str]) -> str | None:
+    """The path of the first of these programs that there is."""
+    return next(filter(None, (shutil.which(name, path=environ.get("PATH")) for name in names if name)), None)
+
+
 def find_compiler(environ: Mapping[str, str]) -> str | None:
-    """The C++ compiler that CMake would take."""
-    if sys.platform == "win32":
-        return None
-    if environ.get("CXX"):
-        return shutil.which(environ["CXX"].split()[0], path=environ.get("PATH"))
-    found = (shutil.which(name, path=environ.get("PATH")) for name in ("c++", "g++", "clang++"))
-    return next((path for path in found if path), None)
-
-
-def find_nvcc(environ: Mapping[str, str]) -> str | None:
-    """The CUDA compiler: CUDACXX, then PATH, then the toolkit's folder. No GPU is asked for."""
-    home = environ.get("CUDA_HOME", "/usr/local/cuda")
-    candidates = (environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc")
-    found = (shutil.which(name, path=environ.get("PATH")) for name in candidates if name)
-    return next((path for path in found if path), None)
+    """The C++ compiler that CMake would take, with its arguments, as CMake's list."""
+    name, *arguments = environ.get("CXX", "").split() or [None]
+    compiler = which([name] if name else ["c++", "g++", "clang++"], environ)
+    return ";".join([compiler, *arguments]) if compiler and sys.platform != "win32" else None
 
 
 def native_why_not(environ: Mapping[str, str], include: str | None = None) -> str | None:
@@ -55,28 +48,27 @@ def native_why_not(environ: Mapping[str, str], include: str | None = None) -> st
     wanted = flag(environ, "DEEPLAB_FAST_NATIVE")
     if wanted is False:
         return "DEEPLAB_FAST_NATIVE=0"
-    reason = None
     header = Path(include or sysconfig.get_path("include")) / "Python.h"
+    reason = None if header.exists() else f"Python's headers are not installed ({header})"
     if find_compiler(environ) is None:
         reason = "no C++ compiler was found"
-    elif not header.exists():
-        reason = f"Python's headers are not installed ({header})"
     if wanted and reason:
         raise SystemExit(f"DEEPLAB_FAST_NATIVE=1, but {reason}")
     return reason
 
 
 def cuda_compiler(environ: Mapping[str, str]) -> str | None:
-    """nvcc's path where the CUDA kernels are to be built, else None."""
+    """nvcc where the CUDA kernels are to be built: CUDACXX, then PATH, then the toolkit's folder. Asks for no GPU."""
     wanted = flag(environ, "DEEPLAB_FAST_CUDA")
-    nvcc = None if wanted is False else find_nvcc(environ)
+    home = environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = None if wanted is False else which([environ.get("CUDACXX"), "nvcc", f"{home}/bin/nvcc"], environ)
     if wanted and nvcc is None:
         raise SystemExit("DEEPLAB_FAST_CUDA=1, but nvcc was not found (put it on PATH or set CUDACXX)")
     return nvcc
 
 
-def cmake_arguments(nvcc: str | None) -> list[str]:
-    """Everything that a kept build folder would otherwise remember from pip's deleted environment."""
+def cmake_arguments(compiler: str, nvcc: str | None) -> list[str]:
+    """Everything that a kept build folder would otherwise remember from an earlier install."""
     import pybind11
 
     ninja = shutil.which("ninja")
@@ -84,25 +76,34 @@ def cmake_arguments(nvcc: str | None) -> list[str]:
         raise SystemExit("ninja was not found; `pip install ninja`")
     return [
         *("-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", f"-DCMAKE_CXX_COMPILER={compiler}"),
+        f"-DDEEPLAB_FAST_WERROR={'ON' if flag(os.environ, 'DEEPLAB_FAST_WERROR') else 'OFF'}",
         f"-DDEEPLAB_FAST_CUDA={'ON' if nvcc else 'OFF'}",
         *([f"-DCMAKE_CUDA_COMPILER={nvcc}"] if nvcc else []),
     ]
+
+
+def prepare(build: Path, compilers: str) -> None:
+    """Makes the build folder, empty where other compilers filled it: CMake cannot change them in place."""
+    stamp = build / "compilers.txt"
+    if not stamp.exists() or stamp.read_text() != compilers:
+        shutil.rmtree(build, ignore_errors=True)
+        build.mkdir(parents=True)
+        stamp.write_text(compilers)
 
 
 class CMakeBuild(build_ext):
     """Configures, builds what changed, and puts the module where setuptools wants it."""
 
     def build_extension(self, ext: Extension) -> None:
-        BUILD.mkdir(parents=True, exist_ok=True)
-        nvcc = cuda_compiler(os.environ)
-        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(BUILD), *cmake_arguments(nvcc)], check=True)
+        compilers = find_compiler(os.environ), cuda_compiler(os.environ)
+        prepare(BUILD, str(compilers))
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(BUILD), *cmake_arguments(*compilers)], check=True)
         subprocess.run(["cmake", "--build", str(BUILD)], check=True)
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: writing over a module that a running process has mapped would crash it.
-        fresh = target.with_suffix(".new")
-        shutil.copy2(BUILD / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", fresh)
+        fresh = shutil.copy2(BUILD / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", target.with_suffix(".new"))
         os.replace(fresh, target)
 
 
@@ -112,8 +113,7 @@ def main() -> None:
         print(f"deeplab_fast: pure Python, because {reason}", file=sys.stderr)
         for stale in (ROOT / "deeplab_fast").glob("_C.*.so"):
             stale.unlink()
-    extensions = [] if reason else [Extension("deeplab_fast._C", sources=[])]
-    setup(ext_modules=extensions, cmdclass={"build_ext": CMakeBuild})
+    setup(ext_modules=[] if reason else [Extension("deeplab_fast._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
 
 
 if __name__ == "__main__":

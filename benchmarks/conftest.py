@@ -6,10 +6,8 @@ runs every group again with its variants interleaved, and writes results/<device
 
 from __future__ import annotations
 
-import ctypes
-import platform
+import functools
 import statistics
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -17,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.ratios import ROUNDS, WARM_UP, Variant, save, seconds
+from benchmarks.ratios import ROUNDS, WARM_UP, Variant, copying, save, seconds
 from benchmarks.shapes import TINY
+from deeplab_fast.device import set_allocator
 
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
-ROOF_BYTES = 1 << (16 if TINY else 28)
-
+ROOF_BYTES = 1 << (17 if TINY else 29)  # read and written by the copy: more than any cache holds
 
 GROUPS: dict[str, dict[str, Variant]] = defaultdict(dict)
 
@@ -34,12 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.roof = None
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        # Fresh pages of large results cost more than the ops: keep freed memory, for every variant alike.
-        libc = ctypes.CDLL(None)
-        for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_TOP_PAD):
-            if libc.mallopt(option, 1 << 30) != 1:
-                raise pytest.UsageError(f"mallopt({option}, 1 << 30) was refused")
+    # Fresh pages of large results cost more than the ops, for every variant alike.
+    config.keeps_freed_memory = set_allocator()
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.keeps_freed_memory:
+        return "allocator: keeps freed memory"
+    return "allocator: refused to keep freed memory, so that times of large results hold those of fresh pages"
 
 
 @pytest.fixture(scope="session")
@@ -57,25 +56,37 @@ def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
 
 
 @pytest.fixture(scope="session")
-def roof(device: torch.device, pytestconfig: pytest.Config) -> dict[str, float]:
-    """This device in this run: copy_gb_s counts bytes read and written, matmul_tflop_s is bf16."""
-    source = torch.zeros(ROOF_BYTES, dtype=torch.uint8, device=device)
-    copy = torch.empty_like(source)
+def copy_gb_s(device: torch.device) -> Callable[[int], float]:
+    """`copy_gb_s(bytes_moved)`: the rate in this run of a copy that reads and writes so many bytes in all."""
+
+    @functools.cache
+    def rate(bytes_moved: int) -> float:
+        copy = copying(bytes_moved, device)
+        return copy.bytes_moved / median_seconds(copy.run, device) / 1e9
+
+    return rate
+
+
+@pytest.fixture(scope="session")
+def roof(device: torch.device, copy_gb_s: Callable[[int], float], pytestconfig: pytest.Config) -> dict[str, float]:
+    """This device's memory and arithmetic in this run: copy_gb_s is read and written, matmul_tflop_s is bf16."""
     n = 64 if TINY else 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).bfloat16()
     pytestconfig.roof = {
-        "copy_gb_s": 2 * ROOF_BYTES / median_seconds(lambda: copy.copy_(source), device) / 1e9,
+        "copy_gb_s": copy_gb_s(ROOF_BYTES),
         "matmul_tflop_s": 2 * n**3 / median_seconds(lambda: a @ a, device) / 1e12,
     }
     return pytestconfig.roof
 
 
 @pytest.fixture
-def timed(benchmark: Any, device: torch.device, roof: dict[str, float]) -> Callable[..., None]:
+def timed(
+    benchmark: Any, device: torch.device, roof: dict[str, float], copy_gb_s: Callable[[int], float]
+) -> Callable[..., None]:
     """`timed(group, variant, run, check, bytes_moved)`.
 
     run: computes the result; check: raises where that result is wrong, so that no time is printed for it
-    bytes_moved: what has to be read and written at least; GB/s and the share of the copy bandwidth follow
+    bytes_moved: what has to be read and written at least; GB/s and the share of a copy of as many follow
     """
 
     def measure(
@@ -98,7 +109,7 @@ def timed(benchmark: Any, device: torch.device, roof: dict[str, float]) -> Calla
         if benchmark.stats is not None:  # None under --benchmark-disable
             rate = bytes_moved / benchmark.stats.stats.median / 1e9
             benchmark.extra_info["gb_s"] = round(rate, 2)
-            benchmark.extra_info["share_of_copy"] = round(rate / roof["copy_gb_s"], 3)
+            benchmark.extra_info["share_of_copy"] = round(rate / copy_gb_s(bytes_moved), 3)
         GROUPS[group][variant] = Variant(run, bytes_moved)
 
     return measure
@@ -108,9 +119,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if config.roof is None:
         return
     terminalreporter.write_line(
-        f"copy bandwidth {config.roof['copy_gb_s']:.1f} GB/s (read + write), "
+        f"copy bandwidth of the memory {config.roof['copy_gb_s']:.1f} GB/s (read + write), "
         f"bf16 matrix product {config.roof['matmul_tflop_s']:.2f} TFLOP/s, in this run"
     )
     if config.getoption("--save-results"):
-        path = save(GROUPS, config.roof, torch.device(config.getoption("--device")))
+        device = torch.device(config.getoption("--device"))
+        path = save(GROUPS, config.roof, device, config.keeps_freed_memory)
         terminalreporter.write_line(f"wrote {path.relative_to(config.rootpath)}")

@@ -35,6 +35,16 @@ class Variant(NamedTuple):
     bytes_moved: int
 
 
+def copying(bytes_moved: int, device: torch.device) -> Variant:
+    """What the share of the copy bandwidth is a share of: a copy that reads and writes as many bytes in all.
+
+    The same working set lies in the same cache. Reading alone, as an op may that writes little, can exceed it.
+    """
+    source = torch.zeros(max(1, bytes_moved // 2), dtype=torch.uint8, device=device)
+    copy = torch.empty_like(source)
+    return Variant(lambda: copy.copy_(source), 2 * source.numel())
+
+
 def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> float:
     """Wall-clock time of one call, the device's work included."""
     if device.type == "cuda":
@@ -50,7 +60,9 @@ def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> flo
 def interleave(variants: Mapping[str, Variant], ours: str, device: torch.device) -> dict[str, Any]:
     """Five rounds after a dozen warm-ups, all variants in each: medians, and medians of the ratios.
 
+    variants: one of them named "copy"
     ratio: the variant's time over that of `ours` in the same round; above 1, ours is faster
+    share_of_copy: the variant's rate over the copy's
     """
     calls = {}
     for name, variant in variants.items():
@@ -58,28 +70,41 @@ def interleave(variants: Mapping[str, Variant], ours: str, device: torch.device)
             variant.run()
         calls[name] = max(1, int(ROUND_SECONDS / seconds(variant.run, device)))
     rounds = [{n: seconds(v.run, device, calls[n]) for n, v in variants.items()} for _ in range(ROUNDS)]
+    medians = {name: statistics.median(times[name] for times in rounds) for name in variants}
+    rates = {name: variant.bytes_moved / medians[name] for name, variant in variants.items()}
     rows = {}
-    for name, variant in variants.items():
-        median = statistics.median(times[name] for times in rounds)
+    for name in variants:
         rows[name] = {
-            "median_ms": round(median * 1e3, 4),
+            "median_ms": round(medians[name] * 1e3, 4),
             "ratio": round(statistics.median(times[name] / times[ours] for times in rounds), 2),
-            "gb_s": round(variant.bytes_moved / median / 1e9, 2),
+            "gb_s": round(rates[name] / 1e9, 2),
+            "share_of_copy": round(rates[name] / rates["copy"], 3),
         }
     return rows
 
 
+def commit() -> str | None:
+    """Short hash, with -dirty where anything but results has changed since; None outside a repository."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True)
+
+    head = git("rev-parse", "--short", "HEAD")
+    if head.returncode != 0:
+        return None
+    changes = git("status", "--porcelain", "--", ":/", f":(exclude){RESULTS.name}")
+    return head.stdout.strip() + ("-dirty" if changes.stdout.strip() or changes.returncode != 0 else "")
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """What a reader has to know to judge the numbers; nothing of whose machine it is."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
     versions = {"deeplab_fast": __version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": versions | {name: version_of(name) for name in ("triton", "numpy")},
         "native": native.status(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -90,15 +115,22 @@ def results_path(device_name: str) -> Path:
     return RESULTS / f"{slug}{'_tiny' if TINY else ''}.json"
 
 
-def save(groups: Mapping[str, Mapping[str, Variant]], roof: Mapping[str, float], device: torch.device) -> Path:
-    """Runs every group interleaved against its variant `native` and writes the JSON. Returns its path."""
+def save(
+    groups: Mapping[str, Mapping[str, Variant]],
+    roof: Mapping[str, float],
+    device: torch.device,
+    keeps_freed_memory: bool,
+) -> Path:
+    """Runs every group interleaved against its variant `native` and writes the JSON. Returns its path.
+
+    A copy that moves as many bytes runs in the same rounds as the variant `copy`.
+    """
     results = {}
     for group, variants in groups.items():
         if "native" in variants:
-            results[group] = interleave(variants, "native", device)
-            for row in results[group].values():
-                row["share_of_copy"] = round(row["gb_s"] / roof["copy_gb_s"], 3)
-    about = describe(device)
+            copy = copying(variants["native"].bytes_moved, device)
+            results[group] = interleave({**variants, "copy": copy}, "native", device)
+    about = describe(device) | {"keeps_freed_memory": keeps_freed_memory}
     about |= {"roof": {name: round(rate, 3) for name, rate in roof.items()}, "results": results}
     path = results_path(about["device"])
     path.parent.mkdir(exist_ok=True)

@@ -3,7 +3,7 @@
 # measures copy bandwidth and matrix rate, runs the benchmarks. One JSON: benchmarks/results/<device>.json.
 # A part that fails is named in the JSON and at the end, and the parts after it still run.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 
 python=${PYTHON:-python3}
 if ! "$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())'; then

@@ -57,9 +57,13 @@ def build(config: Config, classes: Classes) -> DeepLab:
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[DeepLab, Config, Classes]:
-    """The model of a checkpoint in eval mode on `device`, the config that it was trained with, and its classes."""
+    """The model of a checkpoint in eval mode on `device`, the config that it was trained with, and its classes.
+
+    The weights are channels-last where `config.run.channels_last` is set, as the inputs are.
+    """
     content = load(path)
     config, classes = Config.from_dict(content["config"]), classes_from_dict(content["classes"])
     model = build(config, classes)
     model.load_state_dict(content["model"])
-    return model.eval().to(device), config, classes
+    memory_format = torch.channels_last if config.run.channels_last else torch.preserve_format
+    return model.eval().to(device, memory_format=memory_format), config, classes

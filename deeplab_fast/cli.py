@@ -43,6 +43,10 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
     argv = list(sys.argv[1:] if argv is None else argv)
     resume, preset = _value_of(argv, "--resume"), _value_of(argv, "--preset")
     resumed = None
+    if resume is not None and preset is not None:
+        raise UserError(
+            f"--preset {preset} and --resume {resume}: a run goes on with its own settings; give one of them"
+        )
     if resume is not None:
         resumed, config = _read_run(Path(resume))
     else:
@@ -85,8 +89,10 @@ def _read_run(path: Path) -> tuple[dict[str, Any], Config]:
     if "training" not in content:
         raise UserError(f"{path}: holds a model but no training state; go on from last.pt")
     config = Config.from_dict(content["config"])
-    # The folder may have been moved since.
-    return content, dataclasses.replace(config, run=dataclasses.replace(config.run, output=str(path.parent)))
+    # The folder may have been moved since, and "auto" could mean another precision on this machine.
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[content["training"]["precision"]]
+    run = dataclasses.replace(config.run, output=str(path.parent), precision=precision)
+    return content, dataclasses.replace(config, run=run)
 
 
 def _check_unchanged(saved: Config, asked: Config, resume: str) -> None:
@@ -94,9 +100,10 @@ def _check_unchanged(saved: Config, asked: Config, resume: str) -> None:
     for group, values in before.items():
         for name, value in values.items():
             if after[group][name] != value and f"{group}.{name}" not in _FREE_ON_RESUME:
+                flag = group if name == "name" else name.replace("_", "-")
                 raise UserError(
-                    f"--resume {resume}: {name} was {value!r} and cannot become {after[group][name]!r}; a run goes on "
-                    "as it began (to start anew from its weights: --weights with its best.pt)"
+                    f"--resume {resume}: --{flag} was {value!r} and cannot become {after[group][name]!r}; "
+                    "a run goes on as it began (to start anew from its weights: --weights with its best.pt)"
                 )
 
 

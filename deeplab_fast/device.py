@@ -11,7 +11,7 @@ import torch
 from .errors import UserError
 from .ops import native
 
-# glibc's mallopt parameter numbers (malloc.h); values are ints, so 1 << 30 is the most that is safe.
+# glibc's mallopt parameter numbers (malloc.h); values are C ints, so 1 << 30 is the largest power of two.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
 
@@ -66,9 +66,10 @@ def set_allocator() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # a C library without mallopt, such as musl
         return False
-    settings = ((_M_MMAP_THRESHOLD, 1 << 30), (_M_TRIM_THRESHOLD, 1 << 30), (_M_TOP_PAD, 1 << 26))
-    # 1 is glibc's "done"; all three are tried whatever the first answers.
-    return all([mallopt(parameter, value) == 1 for parameter, value in settings])
+    accepted = [mallopt(_M_TRIM_THRESHOLD, 1 << 30) == 1, mallopt(_M_TOP_PAD, 1 << 26) == 1]
+    # Older releases refuse a threshold above half a heap, 32 MiB.
+    accepted.append(mallopt(_M_MMAP_THRESHOLD, 1 << 30) == 1 or mallopt(_M_MMAP_THRESHOLD, 1 << 25) == 1)
+    return all(accepted)
 
 
 def describe(device: torch.device, dtype: torch.dtype) -> str:

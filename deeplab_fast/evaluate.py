@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -23,7 +24,7 @@ from .errors import UserError
 from .files import atomic_path, make_folder
 from .inference import DEFAULT_OVERLAP, predict_dataset
 from .metrics import SegmentationMetrics, format_table
-from .visualize import save_palette_png
+from .visualize import check_replaceable, save_palette_png
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion")
 """What --json takes from `metrics.scores`."""
@@ -42,12 +43,14 @@ class EvaluateCommand:
     """the data set; None: the checkpoint's own"""
     root: str | None = None
     """its folder; None: the one in the checkpoint, where --data is not given"""
+    year: Literal["2007", "2012"] | None = None
+    """VOC only: which VOCdevkit folder; None: the checkpoint's own"""
     split: str = "val"
     """the split to score; `val` is the one that training validated on"""
     json: Path | None = None
-    """write the scores to this file"""
+    """write the scores to this file; only scores of an earlier run are replaced"""
     output: Path | None = None
-    """write a palette PNG of each prediction into this folder, under the data set's names"""
+    """write a palette PNG of each prediction into this folder, outside the data set, under the data set's names"""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -60,14 +63,15 @@ class EvaluateCommand:
     """share of a window that the next one covers again"""
 
 
-def choose_data(saved: DataConfig, name: str | None, root: str | None) -> DataConfig:
+def choose_data(saved: DataConfig, name: str | None, root: str | None, year: str | None = None) -> DataConfig:
     """The checkpoint's data set, or another one; what the flags leave open stays as in the checkpoint.
 
     Another data set than the checkpoint's keeps none of its root and splits.
     """
     if name is not None and name != saved.name:
         saved = dataclasses.replace(saved, name=name, root=None, train_split=None, val_split=None)
-    return saved if root is None else dataclasses.replace(saved, root=root)
+    given = {key: value for key, value in (("root", root), ("year", year)) if value is not None}
+    return dataclasses.replace(saved, **given)
 
 
 def check_classes(model: Classes, data: Classes, checkpoint: Path, name: str) -> None:
@@ -79,26 +83,53 @@ def check_classes(model: Classes, data: Classes, checkpoint: Path, name: str) ->
             raise UserError(f"class {index} is {ours!r} in {checkpoint}, but {theirs!r} in the data set {name}")
 
 
-def mask_paths(dataset: Dataset, folder: Path) -> list[Path]:
-    """Where each sample's prediction goes. UserError where that would replace a file of the data set."""
+def mask_paths(dataset: Dataset, root: str | None, folder: Path) -> list[Path]:
+    """Where each sample's prediction goes.
+
+    UserError where `folder` lies in the data set's `root`, where other splits have masks of the same names, and
+    where a prediction would replace a file of the data set, or any that is not a picture of this project.
+    """
     paths = [folder / f"{dataset.stem(i)}.png" for i in range(len(dataset))]
     if isinstance(dataset, FileDataset):
+        if root is not None and folder.resolve().is_relative_to(Path(root).expanduser().resolve()):
+            raise UserError(f"--output {folder} lies in the data set {root}; choose another folder")
+        # Its folders may be links to elsewhere.
         sources = {p.resolve() for pair in dataset.pairs for p in (pair.image, pair.mask) if p is not None}
         for path in paths:
             if path.resolve() in sources:
                 raise UserError(f"--output {folder}: {path} is a file of the data set; choose another folder")
+    check_replaceable(paths)
     return paths
+
+
+def check_json(path: Path) -> None:
+    """UserError unless `path` is a new file or one that --json wrote."""
+    saved = None
+    try:
+        if not path.name or path.is_dir():
+            raise UserError(f"--json {path} is a folder; expected the name of a file")
+        if not path.exists():
+            return
+        if path.is_file():
+            with contextlib.suppress(ValueError):  # not JSON
+                saved = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--json {path}: {error.strerror}") from error
+    if not (isinstance(saved, dict) and {"confusion", "checkpoint"} <= saved.keys()):
+        raise UserError(f"--json {path} exists and does not hold scores of this command; choose another name")
 
 
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     """Run the command: prints the table, writes the files and returns what --json holds."""
+    if command.json is not None:
+        check_json(command.json)
     device = resolve_device(command.device)
     dtype = resolve_precision(command.precision, device)
     model, config, classes = checkpoint.load_model(command.checkpoint, device)
-    data = choose_data(config.data, command.data, command.root)
+    data = choose_data(config.data, command.data, command.root, command.year)
     dataset = open_dataset(data, command.split)
     check_classes(classes, dataset.classes, command.checkpoint, data.name)
-    paths = mask_paths(dataset, command.output) if command.output else None
+    paths = mask_paths(dataset, data.root, command.output) if command.output else None
     for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
         make_folder(folder)
 

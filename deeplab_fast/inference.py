@@ -44,7 +44,7 @@ def predict_image(
     at once up to LARGEST_WHOLE pixels, DEFAULT_WINDOW above. A window larger than the image shrinks to it.
     Windows are blended by the mean of their class probabilities, weighted by a tent that falls towards the
     window's edges, where the model sees least context; memory grows with K * window height * image width.
-    The model must be in eval mode. A bad window or overlap, and a GPU out of memory, raise UserError.
+    The model must be in eval mode. A bad window or overlap, and too little memory, raise UserError.
     """
     if window is not None and min(window) < 1:
         raise UserError(f"the window is {window}: expected a height and a width of 1 or more")
@@ -53,7 +53,7 @@ def predict_image(
     height, width = image.shape[:2]
     if window is None and height * width > LARGEST_WHOLE:
         window = DEFAULT_WINDOW
-    image = image.to(device, non_blocking=True)
+    whole = window is None or (window[0] >= height and window[1] >= width)
 
     def logits(part: Tensor) -> Tensor:
         x = prepare(part[None], None, dtype=dtype, channels_last=channels_last)
@@ -61,13 +61,18 @@ def predict_image(
             return model.predict_logits(x)[0]  # (K, h, w)
 
     try:
-        if window is None or (window[0] >= height and window[1] >= width):
+        image = image.to(device, non_blocking=True)
+        if whole:
             return logits(image).argmax(0).to(torch.uint8)
         return _blend(logits, image, window, overlap)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # On a CPU the allocator's text is all that tells.
+        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+            raise
+        pieces = "in one piece" if whole else f"in windows of {window[1]} x {window[0]}"
         raise UserError(
-            f"the GPU has too little memory for an image of {width} x {height} pixels at window {window}: "
-            "give a smaller --window"
+            f"{device} has too little memory to predict an image of {width} x {height} pixels {pieces}: "
+            "expected smaller images or, where evaluate or predict runs, a smaller --window"
         ) from error
 
 

@@ -49,5 +49,5 @@ def cross_entropy_sum(
 
 
 def mean_loss(loss_sum: Tensor, weight: Tensor) -> Tensor:
-    """`loss_sum / weight`, and 0 with gradient 0 where nothing carries a label."""
-    return loss_sum / torch.where(weight > 0, weight, 1.0)
+    """`loss_sum / weight`, and 0 with gradient 0 where nothing carries a label or all that does has weight 0."""
+    return torch.where(weight > 0, loss_sum / torch.where(weight > 0, weight, 1.0), 0.0)

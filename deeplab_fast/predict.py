@@ -2,7 +2,8 @@
 
 For an image `name.jpg`, DIR/name.png is the mask (8-bit indices with a palette, at the size of the image) and
 DIR/name_overlay.jpg the image tinted by class above a legend. An EXIF orientation is applied first, so both
-are upright. Images found in a folder keep their sub-folder.
+are upright. Images found in a folder keep their sub-folder. Files of an earlier run are written anew, any other
+file in their place is an error.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .device import describe, resolve_device, resolve_precision, set_allocator
 from .errors import UserError
 from .files import make_folder
 from .inference import DEFAULT_OVERLAP, predict_image
-from .visualize import overlay_with_legend, save_image, save_palette_png
+from .visualize import check_replaceable, overlay_with_legend, save_image, save_palette_png
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 """What is taken from a folder; a file that is named is read whatever its suffix."""
@@ -139,6 +140,9 @@ def predict(command: PredictCommand) -> int:
     if not command.paths:
         raise UserError("no image is given: name images or folders after the checkpoint")
     jobs = plan(find_images(command.paths, command.output), command.output)
+    check_replaceable(job.mask for job in jobs)
+    if command.overlay:
+        check_replaceable(job.overlay for job in jobs)
     device = resolve_device(command.device)
     dtype = resolve_precision(command.precision, device)
     model, config, classes = checkpoint.load_model(command.checkpoint, device)

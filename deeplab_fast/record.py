@@ -12,33 +12,43 @@ from .config import Config
 from .data.labels import Classes
 from .errors import UserError
 from .files import atomic_path
-from .visualize import colourise, save_confusion, save_curves, save_samples
+from .visualize import sample_grid, save_confusion, save_curves, save_samples
 
 
 def new_run_folder(wanted: str, *, explicit: bool) -> Path:
-    """The folder of a new run, created. A folder that holds a run is never written over: where the user named it
-    that is an error, otherwise the next free `wanted-2`, `wanted-3` ... is taken."""
+    """The folder of a new run, created and claimed by its config.json. A folder that holds a run is never written over:
+    where the user named it that is an error, otherwise the next free `wanted-2`, `wanted-3` ... is taken."""
     folder = Path(wanted)
     number = 2
-    while (folder / "config.json").exists():
-        if explicit:
-            raise UserError(f"{folder} holds a run already: give another --output, or go on with --resume {folder}")
-        folder = Path(f"{wanted}-{number}")
-        number += 1
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be created ({error.strerror})") from None
-    return folder
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.json").open("x").close()  # fails for the second of two runs that start at once
+            return folder
+        except FileExistsError:
+            if explicit:
+                raise UserError(
+                    f"{folder} holds a run already: give another --output, or go on with --resume {folder}"
+                ) from None
+            folder = Path(f"{wanted}-{number}")
+            number += 1
+        except OSError as error:
+            raise UserError(f"--output {folder} cannot be used: {error.strerror}") from None
 
 
 class RunRecord:
-    """Writes the record of one run into `folder`; with `start_step` it goes on from there and drops later lines."""
+    """Writes the record of one run into `folder`.
 
-    def __init__(self, folder: Path, config: Config, classes: Classes, start_step: int) -> None:
+    A run that goes on keeps the lines up to `step`, and of validations those up to `validated_step`; later ones belong
+    to steps that are done again.
+    """
+
+    def __init__(self, folder: Path, config: Config, classes: Classes, step: int, validated_step: int) -> None:
         self.folder, self.classes = folder, classes
         self.path = folder / "metrics.jsonl"
-        self.lines = [line for line in _read_lines(self.path) if line["step"] <= start_step] if start_step else []
+        self.lines = [
+            line for line in _read_lines(self.path) if line["step"] <= (validated_step if "miou" in line else step)
+        ]
         with atomic_path(folder / "config.json") as temporary:
             temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
         with atomic_path(self.path) as temporary:
@@ -48,7 +58,7 @@ class RunRecord:
         if config.run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(folder / "tensorboard", purge_step=start_step + 1)
+            self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1)
 
     def step(self, line: dict[str, Any]) -> None:
         """One line of training figures; the keys are step, loss, lr, images_per_second ..."""
@@ -66,9 +76,7 @@ class RunRecord:
         save_samples(self.folder / "samples.png", samples, self.classes)
         self.curves()
         if self._writer:
-            for number, (image, truth, prediction) in enumerate(samples):
-                row = [image, colourise(truth, self.classes), colourise(prediction, self.classes)]
-                self._writer.add_image(f"samples/{number}", np.concatenate(row, axis=1), step, dataformats="HWC")
+            self._writer.add_image("samples", sample_grid(samples, self.classes), step, dataformats="HWC")
             self._writer.flush()
 
     def curves(self) -> None:

@@ -6,6 +6,7 @@ Without a flag it trains on the built-in street scenes. It reads from top to bot
 from __future__ import annotations
 
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,102 +19,16 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import Stopped, StopRequest, TrainCommand, parse_train, run_command
-from .config import Config
 from .data.augment import prepare
-from .data.datasets import Dataset, check_dataset, open_dataset
+from .data.datasets import Dataset, check_dataset, open_dataset, require_truth
 from .data.loader import Batch, train_batches
-from .device import autocast, describe, resolve_device, resolve_precision, set_allocator
+from .device import autocast, describe, set_allocator
 from .errors import UserError
 from .inference import evaluate_dataset
 from .loss import cross_entropy_sum, mean_loss, target_weight
-from .model import load_backbone_weights, load_matching
-from .model.weights import read_state_dict
 from .record import RunRecord, new_run_folder
-from .schedule import WeightAverage, build_optimizer, lr_factor
-
-
-class Training:
-    """Model, optimiser and all else that a resumed run needs to go on exactly where it stopped."""
-
-    def __init__(self, config: Config, dataset: Dataset) -> None:
-        self.config, self.classes = config, dataset.classes
-        self.device = resolve_device(config.run.device)
-        self.dtype = resolve_precision(config.run.precision, self.device)
-        torch.manual_seed(config.run.seed)
-        self.model = checkpoint.build(config, self.classes)
-        self.step = 0
-        self.validated_step = 0
-        self.best_miou = -1.0
-
-    def start(self, resumed: dict[str, Any] | None) -> None:
-        """Place everything on the device; take the initial weights, or the state of the run that goes on."""
-        config, optim = self.config, self.config.optim
-        if resumed is None and config.run.weights:
-            load_initial_weights(self.model, config)
-        layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
-        self.model.to(self.device, memory_format=layout)
-        self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
-        self.optimizer = build_optimizer(self.model, optim)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.class_weights = _class_weights(config, len(self.classes.names), self.device)
-        if resumed is not None:
-            state = resumed["training"]
-            self.model.load_state_dict(state["model"])
-            if self.average:
-                self.average.model.load_state_dict(resumed["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.step = resumed["step"]
-            self.validated_step, self.best_miou = state["validated_step"], state["best_miou"]
-        self.forward = torch.compile(self.model) if config.run.compile else self.model
-
-    @property
-    def evaluated_model(self) -> nn.Module:
-        """The averaged weights where there are any."""
-        return self.average.model if self.average else self.model
-
-    def content(self, metrics: dict[str, Any] | None = None) -> dict[str, Any]:
-        """What a checkpoint for use holds."""
-        return {
-            "step": self.step,
-            "model": self.evaluated_model.state_dict(),
-            "config": self.config.to_dict(),
-            "classes": checkpoint.classes_to_dict(self.classes),
-            "metrics": metrics,
-        }
-
-    def save_last(self, folder: Path) -> None:
-        """Write last.pt: the model for use, and what a resumed run needs."""
-        state = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "validated_step": self.validated_step,
-            "best_miou": self.best_miou,
-        }
-        checkpoint.save(folder / "last.pt", {**self.content(), "training": state})
-
-
-def load_initial_weights(model: nn.Module, config: Config) -> None:
-    """A whole DeepLab gives all but a classifier of other classes; anything else gives the backbone."""
-    source = config.run.weights
-    if Path(source).is_file():
-        state = read_state_dict(source)
-        if any(key.startswith("aspp.") for key in state):
-            left_out = load_matching(model, state)
-            print(f"weights from {source}" + (f", all but {', '.join(left_out)}" if left_out else ""))
-            return
-    load_backbone_weights(model, config.model.backbone if source == "imagenet" else source)
-    print(f"backbone weights from {source}")
-
-
-def _class_weights(config: Config, num_classes: int, device: torch.device) -> Tensor | None:
-    weights = config.optim.class_weights
-    if weights is None:
-        return None
-    if len(weights) != num_classes:
-        raise UserError(f"--class-weights has {len(weights)} numbers; the data set has {num_classes} classes")
-    return torch.tensor(weights, dtype=torch.float32, device=device)
+from .schedule import lr_factor
+from .state import Training
 
 
 def optimise(training: Training, batches: Iterator[Batch]) -> Tensor:
@@ -121,8 +36,9 @@ def optimise(training: Training, batches: Iterator[Batch]) -> Tensor:
     config, model, device = training.config, training.forward, training.device
     passes = [next(batches) for _ in range(config.optim.accumulate)]
     masks = [batch.masks.to(device, non_blocking=True) for batch in passes]
-    weights = [target_weight(mask, len(training.classes.names), training.class_weights)[0] for mask in masks]
-    weight = torch.stack(weights).sum()
+    counted = [target_weight(mask, len(training.classes), training.class_weights) for mask in masks]
+    weight = torch.stack([weight for weight, _ in counted]).sum()
+    training.out_of_range += torch.stack([wrong for _, wrong in counted]).sum()
 
     rate = config.optim.lr * lr_factor(training.step, config.optim)
     for group in training.optimizer.param_groups:
@@ -166,13 +82,9 @@ def check_losses(losses: list[tuple[int, Tensor]], training: Training, folder: P
     values = torch.stack([loss for _, loss in losses]).tolist()
     for (step, _), value in zip(losses, values, strict=True):
         if not math.isfinite(value):
-            rate = training.config.optim.lr * lr_factor(step - 1, training.config.optim)
-            last = folder / "last.pt"
-            good = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written before it"
-            raise UserError(
-                f"the loss became {value} at step {step} with learning rate {rate:.3g}; {good}; "
-                "a lower --lr, a longer --warmup-steps or --clip-norm usually helps"
-            )
+            raise training.diverged(f"the loss became {value} at", step, folder)
+    if wrong := training.out_of_range.item():
+        raise UserError(f"{wrong} pixels had labels that are neither a class nor 255, up to step {training.step}")
     return sum(values) / len(values)
 
 
@@ -234,13 +146,12 @@ def loop(training: Training, train_set: Dataset, val_set: Dataset, record: RunRe
                     figures = f"loss {loss:.4f}, lr {rate:.3g}, {speed:.1f} images/s"
                     print(f"step {training.step}/{steps}: {figures}", flush=True)
                 losses, clock = [], time.perf_counter()
+            if due(run.val_every) or due(run.save_every):
+                training.save_last(record.folder)
             if due(run.val_every):
                 validate(training, val_set, record, stop, bar)
-                clock = time.perf_counter()
-            if due(run.save_every):
-                if losses:
-                    check_losses(losses, training, record.folder)
                 training.save_last(record.folder)
+                clock = time.perf_counter()
             stop.check()
 
 
@@ -250,14 +161,20 @@ def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     set_allocator()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("training in several processes is not supported: start it without torchrun")
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
-    training = Training(config, train_set)
+    for dataset in (train_set, val_set):
+        require_truth(dataset)
+    training = Training(config, train_set, val_set)
     training.start(resumed)
     if config.data.check:
         for dataset in (train_set, val_set):
             check_dataset(dataset, config.data.workers)
     folder = Path(config.run.output) if resumed else new_run_folder(config.run.output, explicit=command.output_given)
-    record = RunRecord(folder, config, training.classes, training.step)
+    record = RunRecord(folder, config, training.classes, training.step, training.validated_step)
+    if resumed is None:
+        training.save_last(folder)  # so that a kill before the first save can be gone on from, too
     print(
         f"{config.model.name} {config.model.backbone} on {config.data.name}: {len(train_set)} training and "
         f"{len(val_set)} validation images, {len(training.classes)} classes; writing {folder}\n"

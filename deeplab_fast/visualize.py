@@ -1,17 +1,19 @@
 """Pictures for people: colour masks, overlays with a legend, sample grids, curves and the confusion matrix.
 
 Images are uint8 (H, W, 3) RGB and masks uint8 (H, W), as arrays or CPU tensors. Pixels of value 255 (ignore)
-are white in colour masks and show the bare image in overlays. Every file is written atomically.
+are white in colour masks and show the bare image in overlays. Every file is written atomically. PNG and JPEG
+files of `save_palette_png` and `save_image` carry a mark, and `check_replaceable` spares files without it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from .data.labels import IGNORE, Classes
 from .errors import UserError
@@ -20,6 +22,11 @@ from .files import atomic_path
 Sample = tuple[np.ndarray, np.ndarray | None, np.ndarray]  # image, truth, prediction
 IGNORE_COLOUR = (255, 255, 255)
 PAPER, INK, FRAME = (255, 255, 255), (20, 20, 20), (120, 120, 120)
+SOFTWARE = "deeplab_fast"
+# The mark as bytes: PNG's text chunk Software (PNG specification, section 11.3.3) and JPEG's COM segment, whose
+# length counts itself. Both come before the pixels, so that no decoder is needed to find them.
+_MARKS = (b"tEXtSoftware\0" + SOFTWARE.encode(), b"\xff\xfe\0\x0e" + SOFTWARE.encode())
+_HEAD = 2048
 
 
 def colour_table(classes: Classes) -> np.ndarray:
@@ -101,7 +108,7 @@ def sample_grid(rows: Sequence[Sample], classes: Classes, *, cell: int = 480) ->
     for part in parts:
         page.paste(part, (0, top))
         top += part.height
-    return np.asarray(page)
+    return np.array(page)  # not asarray, whose result is read-only
 
 
 def save_samples(path: str | os.PathLike[str], rows: Sequence[Sample], classes: Classes) -> None:
@@ -112,6 +119,24 @@ def save_samples(path: str | os.PathLike[str], rows: Sequence[Sample], classes: 
 def save_image(path: str | os.PathLike[str], image: np.ndarray) -> None:
     """Write uint8 (H, W, 3) in the format that the suffix names."""
     _save(path, Image.fromarray(np.ascontiguousarray(image)))
+
+
+def check_replaceable(paths: Iterable[Path]) -> None:
+    """UserError for the first of `paths` that exists and is not a picture with this module's mark."""
+    for path in paths:
+        head = b""
+        try:
+            if not path.exists():
+                continue
+            if path.is_file():
+                with path.open("rb") as file:
+                    head = file.read(_HEAD)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        if not any(mark in head for mark in _MARKS):
+            raise UserError(
+                f"{path} was not written by {SOFTWARE} and is not replaced; choose another folder, or move it away"
+            )
 
 
 def save_curves(path: str | os.PathLike[str], records: Sequence[dict[str, Any]]) -> None:
@@ -181,8 +206,15 @@ def _check(mask: np.ndarray, classes: Classes) -> None:
 
 
 def _save(path: str | os.PathLike[str], picture: Image.Image) -> None:
+    options: dict[str, Any] = {}
+    match Path(path).suffix.lower():
+        case ".png":
+            options["pnginfo"] = PngImagePlugin.PngInfo()
+            options["pnginfo"].add_text("Software", SOFTWARE)
+        case ".jpg" | ".jpeg":
+            options = {"quality": 92, "comment": SOFTWARE}
     with atomic_path(path) as temporary:
-        picture.save(temporary, **({"quality": 92} if temporary.suffix.lower() in (".jpg", ".jpeg") else {}))
+        picture.save(temporary, **options)
 
 
 def _edges(mask: np.ndarray) -> np.ndarray:

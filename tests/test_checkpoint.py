@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from deeplab_fast import checkpoint
-from deeplab_fast.config import Config, ModelConfig
+from deeplab_fast.config import Config, ModelConfig, RunConfig
 from deeplab_fast.data.labels import CAMVID
 from deeplab_fast.errors import UserError
 
@@ -41,6 +41,16 @@ def test_model_comes_back_with_config_and_classes(tmp_path):
     model, loaded, classes = checkpoint.load_model(tmp_path / "best.pt")
     assert loaded == config and classes == CAMVID and not model.training
     torch.testing.assert_close(model.state_dict(), saved["model"], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_weights_lie_as_the_inputs_will(tmp_path, channels_last):
+    config = dataclasses.replace(Config(), model=SMALL, run=RunConfig(channels_last=channels_last))
+    checkpoint.save(tmp_path / "best.pt", content(config))
+    model, _, _ = checkpoint.load_model(tmp_path / "best.pt")
+    weight = model.backbone.conv1.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
+    assert weight.is_contiguous() != channels_last
 
 
 @pytest.mark.parametrize(

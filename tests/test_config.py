@@ -45,6 +45,10 @@ def test_unknown_field_of_a_newer_file_is_named():
     [
         (["--lr", "-1"], "--lr -1.0: expected at least 0"),
         (["--lr", "nan"], "--lr nan: expected at least 0"),
+        (["--scale-max", "inf"], "--scale-max inf: expected at least 0.01"),
+        (["--nesterov", "--momentum", "0"], "--nesterov --momentum 0: expected a momentum above 0"),
+        (["--optimizer", "adamw", "--momentum", "1"], "expected a momentum under 1"),
+        (["--resume", "runs/x", "--preset", "voc"], "--preset voc and --resume runs/x"),
         (["--flip", "1.5"], "--flip 1.5: expected from 0 to 1"),
         (["--crop-size", "0", "64"], "--crop-size 0: expected at least 1"),
         (["--scale-min", "2.0", "--scale-max", "1.0"], "--scale-min 2.0 is larger"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from deeplab_fast.config import DataConfig
-from deeplab_fast.data.datasets import LISTED_PROBLEMS, check_dataset, open_dataset
+from deeplab_fast.data.datasets import LISTED_PROBLEMS, check_dataset, open_dataset, require_truth
 from deeplab_fast.data.images import read_image
 from deeplab_fast.data.labels import IGNORE
 from deeplab_fast.errors import UserError
@@ -34,12 +35,22 @@ def labels(*values: int, size: tuple[int, int] = (H, W), dtype: type = np.uint8)
     return np.resize(np.array(values, dtype), size)
 
 
-def folder_set(root: Path, names: str = '["a", "b", "c"]', extra: str = "", stems: str = "pqrst") -> Path:
-    """Five photos and their masks in one folder each, two of five held out."""
+def folder_set(
+    root: Path,
+    names: str = '["a", "b", "c"]',
+    extra: str = "",
+    stems: Sequence[str] = "pqrst",
+    listed: Sequence[str] = (),
+) -> Path:
+    """Five photos and their masks in one folder each, two of five held out, or `listed` in train.txt."""
     for number, stem in enumerate(stems):
         save(root / "images" / f"{stem}.jpg", photo(number))
         save(root / "masks" / f"{stem}.png", labels(0, 1, 2, 255))
-    (root / "dataset.toml").write_text(f"names = {names}\nval_fraction = 0.4\n{extra}\n")
+    if listed:
+        (root / "train.txt").write_text("\n".join(listed))
+    else:
+        extra += "\nval_fraction = 0.4"
+    (root / "dataset.toml").write_text(f"names = {names}\n{extra}\n")
     return root
 
 
@@ -83,8 +94,7 @@ def test_folder_layouts_by_split(tmp_path, layout):
 
 
 def test_folder_lists(tmp_path):
-    folder_set(tmp_path, stems=("one.v2", "two"))
-    (tmp_path / "train.txt").write_text("two.jpg\n\n")
+    folder_set(tmp_path, stems=("one.v2", "two"), listed=["two.jpg", ""])
     (tmp_path / "val.txt").write_text("images/one.v2.jpg\n")
     assert [opened(tmp_path, split).stem(0) for split in ("train", "val")] == ["two", "one.v2"]
     (tmp_path / "val.txt").write_text("three\n")
@@ -92,6 +102,92 @@ def test_folder_lists(tmp_path):
     (tmp_path / "val.txt").write_text("\n")
     with pytest.raises(UserError, match=r"val\.txt is empty"):
         opened(tmp_path, "val")
+
+
+def test_a_list_alone_makes_no_other_split(tmp_path):
+    folder_set(tmp_path, listed="pq")
+    assert len(opened(tmp_path)) == 2
+    with pytest.raises(UserError, match=r"has no split val: looked for .* list val\.txt"):
+        opened(tmp_path, "val")
+
+
+@pytest.mark.parametrize("listed", ["train", "val", "test"])
+def test_lists_and_val_fraction_exclude_each_other(tmp_path, listed):
+    folder_set(tmp_path)
+    (tmp_path / f"{listed}.txt").write_text("p\n")
+    for split in ("train", "val"):
+        with pytest.raises(UserError, match=rf"dataset\.toml has val_fraction beside the list {listed}\.txt"):
+            opened(tmp_path, split)
+
+
+@pytest.mark.parametrize("layout", ["train/{}", "{}/train"])
+def test_val_fraction_of_one_folder_holds_out_nothing_from_another(tmp_path, layout):
+    folder_set(tmp_path)
+    for kind in ("images", "masks"):
+        save(tmp_path / layout.format(kind) / "p.png", labels(0))
+    assert len(opened(tmp_path)) == 1
+    with pytest.raises(UserError, match="has no split val: .* without lists and such folders, .* val_fraction"):
+        opened(tmp_path, "val")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "IMG 0001",
+        "IMG 0001.jpg",
+        "images/IMG 0001.jpg",
+        "IMG 0001.jpg IMG 0001.png",
+        "images/IMG 0001.jpg masks/IMG 0001.png",
+        "IMG 0001\tmasks/IMG 0001.png",
+    ],
+)
+def test_listed_names_may_hold_spaces(tmp_path, line):
+    folder_set(tmp_path, stems=("IMG", "IMG 0001", "x"), listed=[line])
+    assert opened(tmp_path).stem(0) == "IMG 0001"
+    check_dataset(opened(tmp_path), 1)
+
+
+@pytest.mark.parametrize("line", ["x", "x.jpg x.png", "images/x.jpg masks/IMG.png", "x 1"])
+def test_what_follows_a_listed_name_is_left_out(tmp_path, line):
+    folder_set(tmp_path, stems=("IMG", "IMG 0001", "x"), listed=[line])
+    assert [opened(tmp_path).stem(i) for i in range(len(opened(tmp_path)))] == ["x"]
+
+
+def test_encoding_of_lists_and_descriptions(tmp_path):
+    folder_set(tmp_path, names='["a", "grün", "c"]', stems=("für", "p"), listed=["p"])
+    for name in ("train.txt", "dataset.toml"):  # as Windows' editors save it
+        (tmp_path / name).write_text((tmp_path / name).read_text("utf-8"), "utf-8-sig")
+    assert (opened(tmp_path).stem(0), opened(tmp_path).classes.names[1]) == ("p", "grün")
+    (tmp_path / "train.txt").write_bytes("für\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"train\.txt is not in UTF-8: invalid start byte at byte 1$"):
+        opened(tmp_path)
+    (tmp_path / "dataset.toml").write_bytes('names = ["grün"]'.encode("latin-1"))
+    with pytest.raises(UserError, match=r"dataset\.toml cannot be read: 'utf-8' codec"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("iterdir", "images"), ("read_text", "train.txt"), ("read_text", "dataset.toml")]
+)
+def test_what_may_not_be_read_is_named(tmp_path, monkeypatch, method, name):
+    folder_set(tmp_path, listed="pq")
+    original = getattr(Path, method)
+
+    def refuse(path: Path, *args):
+        if path.name == name:
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path, *args)
+
+    monkeypatch.setattr(Path, method, refuse)
+    with pytest.raises(UserError, match=f"{name} cannot be read: Permission denied$"):
+        opened(tmp_path)
+
+
+def test_names_too_long_for_the_file_system(tmp_path):
+    folder_set(tmp_path, listed=["p", "x" * 300])
+    assert "x.jpg cannot be read: " in messages(opened(tmp_path))
+    with pytest.raises(UserError, match="cannot be read: "):
+        opened(tmp_path, "x" * 300)
 
 
 def test_folder_test_split_may_lack_masks(tmp_path):
@@ -104,10 +200,9 @@ def test_folder_test_split_may_lack_masks(tmp_path):
 
 
 def test_folder_ids_and_ignore(tmp_path):
-    folder_set(tmp_path, '["background", "leaf"]', "ids = [0, 255]\nignore = [7, 300]")
+    folder_set(tmp_path, '["background", "leaf"]', "ids = [0, 255]\nignore = [7, 300]", listed="pq")
     save(tmp_path / "masks/p.png", labels(0, 255, 7))
     save(tmp_path / "masks/q.png", labels(255, 300, dtype=np.uint16))
-    (tmp_path / "train.txt").write_text("p\nq\n")
     dataset = opened(tmp_path)
     assert dataset.load(0)[1][0, :3].tolist() == [0, 1, IGNORE]
     assert dataset.load(1)[1][0, :2].tolist() == [1, IGNORE]
@@ -122,13 +217,12 @@ def test_folder_255_may_be_a_class(tmp_path):
 
 def test_colour_masks(tmp_path):
     palette = "palette = [[0, 0, 0], [255, 0, 0], [0, 0, 255]]"
-    folder_set(tmp_path, extra=f'{palette}\nmasks = "colour"\nignore = [9, 9, 9]', stems="pq")
+    folder_set(tmp_path, extra=f'{palette}\nmasks = "colour"\nignore = [9, 9, 9]', stems="pq", listed="pq")
     colours = np.array([[0, 0, 0], [255, 0, 0], [0, 0, 255], [9, 9, 9]], np.uint8)
     save(tmp_path / "masks/p.png", colours[labels(0, 1, 2, 3)])
     indexed = Image.fromarray(colours[labels(0, 1, 2, 3)]).quantize(4)
     assert indexed.mode == "P"
     indexed.save(tmp_path / "masks/q.png")
-    (tmp_path / "train.txt").write_text("p\nq\n")
     dataset = opened(tmp_path)
     for i in range(2):
         np.testing.assert_array_equal(dataset.load(i)[1], labels(0, 1, 2, IGNORE))
@@ -154,6 +248,7 @@ def test_colour_masks(tmp_path):
         ('names = ["a"]\nignore = "x"', 'ignore = "x"; expected a value'),
         ('names = ["a"]\nval_fraction = 2', "val_fraction = 2; expected a number between 0 and 1"),
         (f"names = {['a'] * 255}", "names 255 classes; expected 254 at most"),
+        ('names = ["a", "b", "a"]', "names the class a twice; expected a name of its own for each"),
     ],
 )
 def test_description_mistakes(tmp_path, text, match):
@@ -176,8 +271,7 @@ def test_folder_without_description_or_split(tmp_path):
 
 
 def test_check_lists_every_problem(tmp_path):
-    folder_set(tmp_path, stems="pqrstuv")
-    (tmp_path / "train.txt").write_text("\n".join("pqrstuv"))
+    folder_set(tmp_path, stems="pqrstuv", listed="pqrstuv")
     (tmp_path / "masks/p.png").unlink()
     (tmp_path / "images/q.jpg").unlink()
     save(tmp_path / "masks/r.png", labels(0, size=(H, W + 1)))
@@ -205,13 +299,36 @@ def test_check_lists_every_problem(tmp_path):
 
 def test_check_caps_its_list(tmp_path):
     stems = [f"{i:02d}" for i in range(LISTED_PROBLEMS + 5)]
-    folder_set(tmp_path, stems=stems)
-    (tmp_path / "train.txt").write_text("\n".join(stems))
+    folder_set(tmp_path, stems=stems, listed=stems)
     for stem in stems:
         (tmp_path / f"masks/{stem}.png").unlink()
     lines = messages(opened(tmp_path)).split("\n")
     assert len(lines) == LISTED_PROBLEMS + 2
     assert lines[-1] == "  ... and 5 more"
+
+
+def test_masks_without_a_labelled_pixel(tmp_path):
+    folder_set(tmp_path, stems="pq", listed="pq")
+    save(tmp_path / "masks/p.png", labels(255))
+    check_dataset(opened(tmp_path), 1)
+    save(tmp_path / "masks/q.png", labels(255))
+    lines = messages(opened(tmp_path)).split("\n")
+    assert lines == [
+        "the split train of the data set folder has 1 problem:",
+        "  every pixel of every mask is ignored; expected some that show a class",
+    ]
+
+
+def test_a_split_without_masks_has_no_truth(tmp_path):
+    city_set(tmp_path, "labelIds", (7,))
+    test = opened(tmp_path, "test", "cityscapes")
+    check_dataset(test, 1)
+    with pytest.raises(
+        UserError, match="^the split test of the data set cityscapes has no masks to train on or score against$"
+    ):
+        require_truth(test)
+    require_truth(opened(tmp_path, "val", "cityscapes"))
+    require_truth(open_dataset(DataConfig(), "train"))
 
 
 def test_truncated_png_is_found(tmp_path):
@@ -235,8 +352,7 @@ def test_truncated_jpeg_names_the_file_and_pickles(tmp_path):
 
 
 def test_16_bit_masks(tmp_path):
-    folder_set(tmp_path, stems="pq")
-    (tmp_path / "train.txt").write_text("p\nq\n")
+    folder_set(tmp_path, stems="pq", listed="pq")
     save(tmp_path / "masks/p.png", labels(0, 2, 255, dtype=np.uint16))
     save(tmp_path / "masks/q.tif", labels(0, 2, 255, dtype=np.int32))
     (tmp_path / "masks/q.png").unlink()
@@ -251,8 +367,7 @@ def test_16_bit_masks(tmp_path):
 
 
 def test_rgb_masks_in_an_index_set(tmp_path):
-    folder_set(tmp_path, stems="pq")
-    (tmp_path / "train.txt").write_text("p\nq\n")
+    folder_set(tmp_path, stems="pq", listed="pq")
     save(tmp_path / "masks/p.png", labels(0, 1, 2)[:, :, None].repeat(3, 2))
     save(tmp_path / "masks/q.png", photo())
     dataset = opened(tmp_path)
@@ -287,9 +402,9 @@ def test_twin_stems_and_stray_masks(tmp_path):
         opened(tmp_path)
 
 
-def _problems(root: Path, split: str, index: int) -> list[str]:
+def _problems(root: Path, split: str, index: int) -> tuple[str, ...]:
     dataset = opened(root, split)
-    return dataset.problems(index) if index < len(dataset) else []
+    return dataset.inspect(index).problems if index < len(dataset) else ()
 
 
 def test_empty_folder_and_wrong_roots(tmp_path):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deeplab_fast import checkpoint, cli
+from deeplab_fast import checkpoint, cli, evaluate
 from deeplab_fast.config import Config, DataConfig, ModelConfig
 from deeplab_fast.data.augment import MEAN, STD
 from deeplab_fast.data.labels import CAMVID, VOC, Classes
@@ -68,10 +68,12 @@ def oracle(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> Oracle:
     return model
 
 
+def run(*arguments: object, checkpoint: object = "best.pt") -> int:
+    return main([str(checkpoint), "--device", "cpu", "--precision", "fp32", *map(str, arguments)])
+
+
 def test_scores_masks_and_json(oracle, camvid, tmp_path, capsys):
-    options = ["--precision", "fp32", "--device", "cpu"]
-    paths = ["--json", str(tmp_path / "new" / "scores.json"), "--output", str(tmp_path / "masks")]
-    assert main(["best.pt", *options, *paths]) == 0
+    assert run("--json", tmp_path / "new" / "scores.json", "--output", tmp_path / "masks") == 0
     saved = json.loads((tmp_path / "new" / "scores.json").read_text())
     road, sky, car = 11 * 33 + 25 * 18, 9 * 33 + 9 * 18, 2 * 12
     assert saved.keys() == JSON_KEYS
@@ -111,27 +113,83 @@ def test_windows_change_nothing_for_a_pixelwise_model(oracle, tmp_path):
         ("tiled", ["--window", "8", "10"], {(8, 10)}),
     ):
         oracle.seen.clear()
-        main(["best.pt", "--precision", "fp32", "--json", str(tmp_path / name), *window])
+        run("--json", tmp_path / name, *window)
         assert oracle.seen == sizes
         results.append(json.loads((tmp_path / name).read_text()))
     assert results[0] == results[1]
 
 
-def test_masks_never_replace_the_data(oracle, camvid):
+@pytest.mark.parametrize("folder", ["", "val", "trainannot", "new", "val/../trainannot"])
+def test_masks_never_go_into_the_data_set(oracle, camvid, folder):
+    """Whichever split is scored: the masks of another one have the same names."""
+    before = {p: p.read_bytes() for p in camvid.rglob("*.png")}
+    with pytest.raises(UserError, match=r"--output .* lies in the data set .*camvid; choose another folder"):
+        run("--output", camvid / folder)
+    (camvid.parent / "link").symlink_to(camvid)
+    with pytest.raises(UserError, match="lies in the data set"):
+        run("--output", camvid.parent / "link" / folder)
+    assert {p: p.read_bytes() for p in camvid.rglob("*.png")} == before and not oracle.seen
+
+
+def test_masks_never_replace_what_the_data_set_links_to(oracle, camvid, tmp_path):
     for folder in ("val", "valannot"):
+        (camvid / folder).rename(tmp_path / f"real_{folder}")
+        (camvid / folder).symlink_to(tmp_path / f"real_{folder}")
+    for folder in ("real_val", "real_valannot"):
         with pytest.raises(UserError, match=r"street0\.png is a file of the data set"):
-            main(["best.pt", "--output", str(camvid / folder)])
+            run("--output", tmp_path / folder)
+    assert not oracle.seen
+
+
+def test_masks_replace_no_file_but_their_own(oracle, tmp_path):
+    (tmp_path / "masks").mkdir()
+    Image.new("P", (4, 4)).save(tmp_path / "masks" / "street1.png")
+    with pytest.raises(UserError, match=r"street1\.png was not written by deeplab_fast and is not replaced"):
+        run("--output", tmp_path / "masks")
+    assert [p.name for p in (tmp_path / "masks").iterdir()] == ["street1.png"] and not oracle.seen
+
+
+def test_the_same_command_twice(oracle, tmp_path):
+    for _ in range(2):
+        assert run("--json", tmp_path / "scores.json", "--output", tmp_path / "masks") == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("best.pt", b"PK\x03\x04\xff\xfe"),
+        ("dataset.json", b'{"names": ["a", "b"]}'),
+        ("list.json", b'["confusion", "checkpoint"]'),
+        ("half.json", b'{"confusion": [[1]], "checkpoint"'),
+        ("empty.json", b""),
+    ],
+)
+def test_scores_replace_no_file_but_their_own(oracle, tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=rf"--json .*{name} exists and does not hold scores"):
+        run("--json", tmp_path / name)
+    assert (tmp_path / name).read_bytes() == content and not oracle.seen
+
+
+def test_scores_need_the_name_of_a_file(oracle, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("", ".", "/", tmp_path):
+        with pytest.raises(UserError, match=r"--json .*is a folder; expected the name of a file"):
+            run("--json", name)
+    with pytest.raises(UserError, match=r"--json a+\.json: File name too long"):
+        run("--json", "a" * 300 + ".json")
+    assert not oracle.seen
 
 
 def test_a_label_that_is_no_class_is_named(oracle, camvid):
     Image.fromarray(np.full((21, 33), 200, np.uint8)).save(camvid / "valannot" / "street0.png")
     with pytest.raises(UserError, match=r"street0\.png holds 200"):
-        main(["best.pt"])
+        run()
 
 
 def test_a_mistake_is_one_sentence_and_status_2(oracle, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.run_command(lambda: main(["best.pt", "--root", "nowhere"]))
+        cli.run_command(lambda: run("--root", "nowhere"))
     assert ended.value.code == 2
     text = capsys.readouterr().err
     assert text.startswith("error: ") and "nowhere" in text and text.count("\n") == 1
@@ -143,6 +201,21 @@ def test_the_data_set_of_the_checkpoint_is_the_default():
     assert choose_data(saved, "camvid", "b") == DataConfig(name="camvid", root="b", val_split="test", workers=3)
     assert choose_data(saved, "voc", "b") == DataConfig(name="voc", root="b", workers=3)
     assert choose_data(saved, "scenes", None) == DataConfig(name="scenes", workers=3)
+
+
+def test_the_year_of_voc_can_be_another_one(monkeypatch):
+    saved = DataConfig(name="voc", root="a", year="2007", train_split="trainval")
+    assert choose_data(saved, None, None, None) == saved
+    assert choose_data(saved, None, None, "2012") == DataConfig(
+        name="voc", root="a", year="2012", train_split="trainval"
+    )
+    opened = []
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (None, Config(data=saved), VOC))
+    monkeypatch.setattr(evaluate, "open_dataset", lambda data, split: opened.append(data.year) or exit("opened"))
+    for flags in (["--year", "2012"], []):
+        with pytest.raises(SystemExit, match="opened"):
+            run(*flags)
+    assert opened == ["2012", "2007"]
 
 
 def test_other_classes_are_refused():
@@ -165,7 +238,7 @@ def test_a_scenes_checkpoint_evaluates_without_a_flag(tmp_path):
         "metrics": {},
     }
     checkpoint.save(tmp_path / "best.pt", content)
-    assert main([str(tmp_path / "best.pt"), "--json", str(tmp_path / "scores.json")]) == 0
+    assert run("--json", tmp_path / "scores.json", checkpoint=tmp_path / "best.pt") == 0
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert sum(map(sum, saved["confusion"])) == 2 * 48 * 64
     assert saved["data"] == "scenes" and len(saved["class_iou"]) == len(SCENES)

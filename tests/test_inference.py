@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -115,6 +117,38 @@ def test_large_images_take_windows_by_themselves(monkeypatch):
 def test_bad_windows_are_named(options, text):
     with pytest.raises(UserError, match=text):
         predict_image(Pixelwise(), random_image(4, 4), device=CPU, **options)
+
+
+class Failing(nn.Module):
+    """Raises what `fail` raises."""
+
+    def __init__(self, fail: Callable[[], object]) -> None:
+        super().__init__()
+        self.fail = fail
+
+    def predict_logits(self, x: Tensor) -> Tensor:
+        self.fail()
+        raise AssertionError("nothing was raised")
+
+
+def raise_gpu_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("fail", [lambda: torch.empty(2**60, dtype=torch.uint8), raise_gpu_out_of_memory])
+@pytest.mark.parametrize(
+    ("window", "pieces"), [(None, "in one piece"), ((9, 9), "in one piece"), ((4, 8), r"in windows of 8 x 4")]
+)
+def test_too_little_memory_is_one_sentence(fail, window, pieces):
+    message = rf"cpu has too little memory to predict an image of 9 x 7 pixels {pieces}: expected .* smaller --window"
+    with pytest.raises(UserError, match=message) as error:
+        predict_image(Failing(fail), random_image(7, 9), device=CPU, window=window)
+    assert "\n" not in str(error.value)
+
+
+def test_other_errors_of_a_model_are_not_hidden():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        predict_image(Failing(lambda: torch.ones(2, 3) @ torch.ones(2, 3)), random_image(7, 9), device=CPU)
 
 
 def test_bf16_autocast_reaches_the_model():

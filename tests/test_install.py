@@ -79,6 +79,50 @@ def test_a_switch_is_0_or_1(setup):
         setup.cuda_compiler({"DEEPLAB_FAST_CUDA": "yes"})
 
 
+def test_the_compiler_is_named_to_cmake(setup, tools, tmp_path):
+    assert setup.find_compiler(tools) == str(tmp_path / "c++")
+    (tmp_path / "clang++").write_text("#!/bin/sh\n")
+    (tmp_path / "clang++").chmod(0o755)
+    chosen = setup.find_compiler({**tools, "CXX": "clang++ --target=x"})
+    assert chosen == f"{tmp_path / 'clang++'};--target=x"
+    assert f"-DCMAKE_CXX_COMPILER={chosen}" in setup.cmake_arguments(chosen, None)
+
+
+def test_another_compiler_empties_the_build_folder(setup, tmp_path):
+    build, kept = tmp_path / "build" / "here", tmp_path / "build" / "here" / "CMakeCache.txt"
+    build.mkdir(parents=True)
+    for compilers, stays in (("g++", False), ("g++", True), ("clang++", False), ("clang++", True)):
+        kept.touch()
+        setup.prepare(build, compilers)
+        assert build.is_dir() and kept.exists() == stays
+
+
+def configure(setup: ModuleType, build: Path, nvcc: str | None = None) -> subprocess.CompletedProcess[str]:
+    compiler = setup.find_compiler(os.environ)
+    if compiler is None or shutil.which("cmake") is None:
+        pytest.skip("no C++ compiler, or no cmake")
+    command = ["cmake", "-S", str(ROOT), "-B", str(build), *setup.cmake_arguments(compiler, nvcc)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("value", ["", "1"])
+def test_warnings_are_errors_only_where_asked_for(setup, tmp_path, monkeypatch, value):
+    monkeypatch.setenv("DEEPLAB_FAST_WERROR", value)
+    result = configure(setup, tmp_path)
+    assert result.returncode == 0, result.stderr
+    commands = (tmp_path / "compile_commands.json").read_text()
+    assert "-Wall" in commands and ("-Werror" in commands) == (value == "1")
+
+
+def test_a_toolkit_that_knows_no_wanted_chip(setup, tmp_path):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho compute_52\n")
+    nvcc.chmod(0o755)
+    result = configure(setup, tmp_path / "build", str(nvcc))
+    assert result.returncode != 0
+    assert "can compile for none of sm 80, 86" in " ".join(result.stderr.split())
+
+
 def test_status_says_what_is_there():
     module = native.load()
     if module is None:

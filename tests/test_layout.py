@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -134,6 +136,46 @@ def test_the_benchmarks_are_collected():
     assert result.returncode == 0, result.stdout + result.stderr
     for path in (ROOT / "benchmarks").glob("bench_*.py"):
         assert f"benchmarks/{path.name}::bench_" in result.stdout
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A clone in which .ci/run deletes what it deletes, and stops at its first stage."""
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci")
+    blocks = "".join(f"<!-- setup: {name} -->\n```bash\nexit 3\n```\n" for name in ("train", "test"))
+    (tmp_path / "README.md").write_text(blocks)
+    return tmp_path
+
+
+def run_ci(checkout: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("CI", "CI_FORCE")} | variables
+    return subprocess.run(["bash", ".ci/run"], cwd=checkout, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("folder", ["runs", ".venv"])
+def test_ci_run_deletes_nothing_of_a_contributor(checkout, folder):
+    (checkout / folder).mkdir()
+    result = run_ci(checkout)
+    assert result.returncode == 1 and f"would delete {checkout / folder}" in result.stderr
+    assert (checkout / folder).exists()
+
+
+@pytest.mark.parametrize("variables", [{"CI": "true"}, {"CI_FORCE": "1"}])
+def test_ci_run_starts_from_nothing_where_it_may(checkout, variables):
+    (checkout / "runs").mkdir()
+    assert run_ci(checkout, **variables).returncode == 3
+    assert not (checkout / "runs").exists()
+
+
+def test_ci_run_starts_in_a_fresh_clone(checkout):
+    assert run_ci(checkout).returncode == 3
+
+
+def test_the_header_of_ci_run_names_its_stages():
+    text = (ROOT / ".ci" / "run").read_text()
+    header = re.findall(r"^#   (.+?)  ", text.partition("\nset ")[0], flags=re.MULTILINE)
+    assert header == re.findall(r'\bstage "([^"]+)"', text)
 
 
 def test_names_and_sizes():

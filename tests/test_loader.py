@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -141,49 +144,101 @@ def test_number_of_workers(monkeypatch):
         assert loader_workers(None) == expected
 
 
-def test_workers_outlive_ctrl_c(tmp_path):
-    """A terminal sends SIGINT to the whole group; a main process that finishes its step needs its workers."""
-    script = tmp_path / "run.py"
-    script.write_text(
-        textwrap.dedent("""
-            import signal, time
-            import numpy as np
-            from deeplab_fast.data.base import Dataset
-            from deeplab_fast.data.loader import eval_samples
+SLOW = """
+    import os, signal, time
+    import numpy as np
+    from deeplab_fast.data.base import Dataset
+    from deeplab_fast.data.loader import eval_samples
 
-            class Slow(Dataset):
-                name, split = "slow", "val"
-                def __len__(self):
-                    return 1000
-                def load(self, index):
-                    time.sleep(0.02)
-                    return np.zeros((2, 2, 3), np.uint8), None
+    class Slow(Dataset):
+        name, split = "slow", "val"
+        def __init__(self, seconds):
+            self.seconds = seconds
+        def __len__(self):
+            return 1000
+        def load(self, index):
+            time.sleep(self.seconds if index else 0)
+            return np.zeros((2, 2, 3), np.uint8), None
+"""
 
-            if __name__ == "__main__":
-                asked = []
-                left = 20
-                for index, _, _ in eval_samples(Slow(), 2):
-                    # Only now, so that a forked worker has not inherited it.
-                    signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-                    print(index, flush=True)
-                    left -= bool(asked)
-                    if not left:
-                        break
-                print("stopped", flush=True)
-        """)
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(script)],
+
+def start(folder: Path, main: str) -> subprocess.Popen:
+    """A process, in a group of its own, that runs `main` after SLOW."""
+    script = folder / "run.py"
+    script.write_text(textwrap.dedent(SLOW) + textwrap.dedent(main))
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", str(script)],  # torch warns where there are fewer cores than workers
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout.readline() == "0\n"
-    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_outlive_signals_to_the_group(tmp_path, number):
+    """Terminals and schedulers send them; a main process that finishes its step needs its workers."""
+    process = start(
+        tmp_path,
+        f"""
+        if __name__ == "__main__":
+            asked = []
+            left = 20
+            for index, _, _ in eval_samples(Slow(0.02), 2):
+                if index == 1:  # both workers have started, and have not inherited this
+                    signal.signal({int(number)}, lambda *_: asked.append(True))
+                    print("ready", flush=True)
+                left -= len(asked) >= 2
+                if not left:
+                    break
+            print("stopped", flush=True)
+        """,
+    )
+    assert process.stdout.readline() == "ready\n"
+    for _ in range(2):
+        os.killpg(process.pid, number)
+        time.sleep(0.1)  # the same signal twice at once would arrive as one
     out, err = process.communicate(timeout=30)
-    assert out.endswith("stopped\n")
-    assert err == "" and process.returncode == 0
+    assert (out, err, process.returncode) == ("stopped\n", "", 0)
+
+
+def test_a_stuck_worker_can_be_terminated():
+    others = set(multiprocessing.active_children())
+    samples = eval_samples(Stuck(), 1)
+    assert next(samples)[0] == 0
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.terminate()
+    worker.join(timeout=10)
+    try:
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()
+
+
+def test_a_stuck_worker_ends_with_the_main_process(tmp_path):
+    process = start(
+        tmp_path,
+        """
+        if __name__ == "__main__":
+            samples = eval_samples(Slow(60), 1)
+            next(samples)
+            os.kill(os.getpid(), signal.SIGKILL)
+        """,
+    )
+    out, _ = process.communicate(timeout=20)  # returns when the worker, too, has closed its end of the pipe
+    assert out == "" and process.returncode == -signal.SIGKILL
+
+
+class Stuck(Numbered):
+    """As if the second file were on a file system that does not answer."""
+
+    def __init__(self) -> None:
+        super().__init__(4)
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        if index:
+            time.sleep(60)
+        return super().load(index)
 
 
 def test_rare_classes_are_met_more_often():

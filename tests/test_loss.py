@@ -69,6 +69,16 @@ def test_all_ignored_gives_zero_loss_and_gradient(weights):
     assert torch.equal(torch.autograd.grad(loss, logits)[0], torch.zeros_like(logits))
 
 
+def test_only_classes_of_weight_zero_give_zero_loss():
+    """Label smoothing alone would leave a sum of all classes' losses, divided by nothing."""
+    logits, mask = draw()
+    mask.fill_(3)
+    weights = torch.tensor((1.0, 1.0, 1.0, 0.0, 1.0))
+    total = cross_entropy_sum(logits, mask, class_weights=weights, label_smoothing=0.1)
+    assert total > 1
+    assert mean_loss(total, target_weight(mask, 5, weights)[0]).item() == 0.0
+
+
 def test_labels_that_are_no_class_are_left_out_and_counted():
     logits, mask = draw()
     clean = mask.clone()

@@ -193,6 +193,18 @@ def test_align_corners_holds_everywhere(align_corners: bool) -> None:
 
 
 @torch.no_grad()
+def test_logits_are_upsampled_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet18", **SMALL).eval()
+    x = torch.randn(1, 3, 65, 97)
+    with torch.autocast("cpu", torch.bfloat16):
+        low, logits = model(x), model.predict_logits(x)
+    assert low.dtype == torch.bfloat16 and logits.dtype == torch.float32
+    expected = F.interpolate(low.float(), (65, 97), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=0)
+
+
+@torch.no_grad()
 def test_image_pooling_is_the_mean_of_the_image() -> None:
     model = build_model(backbone="resnet18", **SMALL).eval()
     features = torch.randn(2, 512, 3, 4)

@@ -172,6 +172,32 @@ def test_an_input_is_never_written_over(photos):
         plan([(photos / "b.jpg", Path("b")), (photos / "b_overlay.jpg", Path("b_overlay"))], photos)
 
 
+def test_a_file_that_is_not_its_own_is_never_written_over(photos, tmp_path):
+    """`predict best.pt images --output masks`, where masks holds the truth."""
+    for name in ("a", "b"):
+        Image.fromarray(half_bright()).save(photos / f"{name}.jpg")
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(half_bright()).save(tmp_path / "masks" / "b.png")
+    before = (tmp_path / "masks" / "b.png").read_bytes()
+    with pytest.raises(UserError, match=r"masks/b\.png was not written by deeplab_fast and is not replaced"):
+        run(photos, "--output", tmp_path / "masks")
+    assert [p.name for p in (tmp_path / "masks").iterdir()] == ["b.png"]
+    assert (tmp_path / "masks" / "b.png").read_bytes() == before
+
+    (tmp_path / "drawn").mkdir()
+    Image.fromarray(half_bright()).save(tmp_path / "drawn" / "a_overlay.jpg")
+    with pytest.raises(UserError, match=r"a_overlay\.jpg was not written by deeplab_fast"):
+        run(photos, "--output", tmp_path / "drawn")
+    assert run(photos, "--output", tmp_path / "drawn", "--no-overlay") == 0
+
+
+def test_its_own_files_are_written_anew(photos, tmp_path):
+    for grey in (half_bright(), 255 - half_bright()):
+        Image.fromarray(grey).save(photos / "a.png")
+        assert run(photos, "--output", tmp_path / "out") == 0
+        assert (read_mask(tmp_path / "out" / "a.png") == expected_mask(grey)).all()
+
+
 def test_broken_images_are_named_and_the_others_done(photos, tmp_path, capsys):
     Image.fromarray(half_bright(200, 300)).save(photos / "cut.jpg")
     (photos / "cut.jpg").write_bytes((photos / "cut.jpg").read_bytes()[:900])

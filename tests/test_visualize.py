@@ -14,12 +14,14 @@ from deeplab_fast.errors import UserError
 from deeplab_fast.files import atomic_path, make_folder
 from deeplab_fast.visualize import (
     IGNORE_COLOUR,
+    check_replaceable,
     colourise,
     overlay,
     overlay_with_legend,
     sample_grid,
     save_confusion,
     save_curves,
+    save_image,
     save_palette_png,
     save_samples,
 )
@@ -100,6 +102,46 @@ def test_sample_grid_places_image_truth_and_prediction():
     # Two rows of 120 x 60 below a title of 24, with gaps of 2.
     assert [tuple(grid[54, x]) for x in (62, 184, 306)] == [(60, 60, 60), (200, 0, 0), (0, 0, 200)]
     assert [tuple(grid[116, x]) for x in (62, 184, 306)] == [(60, 60, 60), (255, 255, 255), (0, 0, 200)]
+
+
+def test_sample_grid_is_one_picture_of_samples_of_any_size():
+    rows = [
+        (np.zeros((high, wide, 3), np.uint8), np.zeros((high, wide), np.uint8), np.ones((high, wide), np.uint8))
+        for high, wide in ((20, 40), (40, 20), (1, 1))
+    ]
+    heights = []
+    for number in (1, 2, 3):
+        grid = sample_grid(rows[:number], CLASSES, cell=120)
+        assert grid.dtype == np.uint8 and grid.shape[1:] == (3 * 120 + 4 * 2, 3)
+        assert grid.flags.c_contiguous and grid.flags.writeable  # torch.from_numpy warns of a read-only array
+        heights.append(len(grid))
+    assert np.diff(heights).tolist() == [122, 122]
+
+
+def test_pictures_carry_the_mark_that_lets_them_be_replaced(tmp_path):
+    mask = np.ones((600, 800), np.uint8)
+    save_palette_png(tmp_path / "a.png", mask, CLASSES)
+    with Image.open(tmp_path / "a.png") as read:
+        assert read.text == {"Software": "deeplab_fast"}
+    for name in ("b.png", "b.jpg"):
+        save_image(tmp_path / name, colourise(mask, CLASSES))
+    check_replaceable([tmp_path / name for name in ("a.png", "b.png", "b.jpg", "none.png", "none/x.png")])
+
+
+@pytest.mark.parametrize("name", ["other.png", "other.jpg", "text.png", "empty.png", "folder.png"])
+def test_a_file_of_somebody_else_is_not_replaceable(tmp_path, name):
+    Image.new("P", (4, 4)).save(tmp_path / "other.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "other.jpg", comment="of deeplab_fast")
+    (tmp_path / "text.png").write_text("Software deeplab_fast")
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(UserError, match=rf"{name} was not written by deeplab_fast and is not replaced"):
+        check_replaceable([tmp_path / "none.png", tmp_path / name])
+
+
+def test_a_place_that_cannot_be_looked_at_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"a+\.png cannot be read: File name too long"):
+        check_replaceable([tmp_path / ("a" * 300 + ".png")])
 
 
 def test_save_samples_writes_the_grid(tmp_path):

@@ -1,4 +1,4 @@
-// Confusion matrix of two label maps: one reading of both, private tables per thread.
+// Confusion matrix of two label maps: one reading of both, private tables per thread where they are small.
 //
 // Label maps are made of runs, so a block whose pixels are all alike costs one addition. In a mixed block the
 // bins are computed with vector instructions and counted one by one in turn over several tables: one table
@@ -23,6 +23,7 @@ constexpr int kAhead = 4 * kBlock;
 constexpr int kTables = 4;
 constexpr int kFewRuns = 20;                 // in a block: from there on single pixels are faster
 constexpr int64_t kLargestTables = 1 << 18;  // bytes: more than that leaves the second-level cache
+constexpr int64_t kPrivateTables = 1 << 26;  // bytes, of all threads together
 
 // The counting of a mixed block fills the reorder buffer, so that no load of the next one would start early.
 template <class T>
@@ -85,7 +86,23 @@ void count_mixed(const uint32_t* bin, int64_t* const* table) {
         for (int i = 0; i < kTables; ++i) ++table[i][bin[j + i]];
 }
 
-// tables: (count, K*K + 2)
+// One pixel after another into (K, K) counts that have no bins for pixels out of range or ignored.
+template <class P, class T>
+void count_straight(const ConfusionArgs& args, int64_t begin, int64_t end, uint32_t classes, bool has_ignore,
+                    T ignore) {
+    const P* prediction = static_cast<const P*>(args.prediction.data);
+    const T* target = static_cast<const T*>(args.target.data);
+    const uint32_t out = classes * classes;
+    for (int64_t i = begin; i < end; ++i) {
+        const uint32_t bin = confusion_bin(prediction[i], target[i], classes, has_ignore, ignore);
+        if (bin < out)
+            ++args.counts[bin];
+        else if (bin == out)
+            ++*args.out_of_range;
+    }
+}
+
+// tables: (count, K*K + 2), or null: straight into args
 template <class P, class T>
 void count(const ConfusionArgs& args, int64_t begin, int64_t end, int64_t* tables, int table_count) {
     const P* prediction = static_cast<const P*>(args.prediction.data);
@@ -94,6 +111,7 @@ void count(const ConfusionArgs& args, int64_t begin, int64_t end, int64_t* table
     const int64_t bins = int64_t{classes} * classes + 2;
     const bool has_ignore = args.has_ignore && holds<T>(args.ignore_index);
     const T ignore = static_cast<T>(args.ignore_index);
+    if (tables == nullptr) return count_straight<P, T>(args, begin, end, classes, has_ignore, ignore);
     int64_t* table[kTables];
     for (int i = 0; i < kTables; ++i) table[i] = tables + (i % table_count) * bins;
 
@@ -158,16 +176,22 @@ namespace ISA {
 bool confusion_matrix(const ConfusionArgs& args, int threads) {
     const int64_t classes = args.num_classes;
     const int64_t bins = classes * classes + 2;
-    const int64_t useful = args.pixels / kPixelsPerThread + 1;
-    const int teams = static_cast<int>(threads < useful ? threads : useful);
+    Count* const run = for_types(args.prediction.type, args.target.type);
     // Several tables pay only where they stay in cache and there are pixels enough to fill them.
     const bool several = bins * kTables * 8 <= kLargestTables && bins * kTables <= args.pixels;
     const int table_count = several ? kTables : 1;
     const int64_t size = bins * table_count;
+    const int64_t affordable = kPrivateTables / (size * 8);
+    if (affordable < 2) {
+        run(args, 0, args.pixels, nullptr, 0);
+        return true;
+    }
+    const int64_t useful = args.pixels / kPixelsPerThread + 1;
+    const int64_t most = useful < affordable ? useful : affordable;
+    const int teams = static_cast<int>(threads < most ? threads : most);
     int64_t* tables = static_cast<int64_t*>(std::calloc(static_cast<size_t>(size * teams), sizeof(int64_t)));
     if (tables == nullptr) return false;
-    Count* const run = for_types(args.prediction.type, args.target.type);
-    // A team of one runs in the caller: an OpenMP team in a forked loader process would hang.
+        // A team of one runs in the caller: an OpenMP team in a forked loader process would hang.
 #pragma omp parallel for num_threads(teams) schedule(static) if (teams > 1)
     for (int team = 0; team < teams; ++team) {
         const int64_t begin = args.pixels * team / teams / kBlock * kBlock;

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import UserError
 from .images import read_image, same_size, verify_image
-from .labels import Classes
+from .labels import IGNORE, Classes
 
 
 class Dataset:
@@ -32,9 +32,16 @@ class Dataset:
         none."""
         raise NotImplementedError
 
-    def problems(self, index: int) -> list[str]:
-        """What is wrong with the files of pair `index`, a sentence each: see `check_dataset`."""
-        return []
+    def inspect(self, index: int) -> Finding:
+        """What `check_dataset` has to know of pair `index`."""
+        return Finding()
+
+
+class Finding(NamedTuple):
+    """What reading one pair brought to light."""
+
+    problems: tuple[str, ...] = ()  # a sentence each
+    blank: bool = False  # the mask could be read, and all of it is IGNORE
 
 
 class Pair(NamedTuple):
@@ -75,19 +82,19 @@ class FileDataset(Dataset):
         same_size(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
         return image, mask
 
-    def problems(self, index: int) -> list[str]:
+    def inspect(self, index: int) -> Finding:
         _, image_path, mask_path = self.pairs[index]
         found = []
-        image_size = mask_size = None
+        image_size = mask = None
         try:
             image_size = verify_image(image_path)
         except UserError as error:
             found.append(str(error))
         try:
             if mask_path is not None:
-                mask_size = self.read_mask(mask_path).shape[::-1]
-            if image_size and mask_size:
-                same_size(image_path, image_size, mask_path, mask_size)
+                mask = self.read_mask(mask_path)
+            if image_size is not None and mask is not None:
+                same_size(image_path, image_size, mask_path, mask.shape[::-1])
         except UserError as error:
             found.append(str(error))
-        return found
+        return Finding(tuple(found), blank=mask is not None and bool((mask == IGNORE).all()))

@@ -17,7 +17,7 @@ from .loader import loader_workers
 from .scenes import Scenes
 from .voc import Voc
 
-__all__ = ["Dataset", "FileDataset", "check_dataset", "open_dataset"]
+__all__ = ["Dataset", "FileDataset", "check_dataset", "open_dataset", "require_truth"]
 
 LISTED_PROBLEMS = 20
 
@@ -27,7 +27,7 @@ def open_dataset(config: DataConfig, split: str) -> Dataset:
 
     `split` "train" and "val" mean `config.train_split` and `config.val_split` where these are set, else the
     data set's own; any other name is taken as it is. Raises UserError for a root that does not hold the data
-    set, an unknown split or an empty one.
+    set, for a file or folder that may not be read, and for an unknown split or an empty one.
     """
     chosen = {"train": config.train_split, "val": config.val_split}.get(split) or split
     if config.name == "scenes":
@@ -35,12 +35,15 @@ def open_dataset(config: DataConfig, split: str) -> Dataset:
     if config.root is None:
         raise UserError(f"the data set {config.name} is read from files: give its folder with --root")
     root = Path(config.root).expanduser()
-    if not root.is_dir():
-        raise UserError(f"the root {root} of the data set {config.name} is not a folder")
-    if config.name == "voc":
-        own_default = split == "train" and config.train_split is None
-        return Voc(root, None if own_default else chosen, config.year)
-    return {"cityscapes": Cityscapes, "camvid": CamVid, "folder": Folder}[config.name](root, chosen)
+    try:
+        if not root.is_dir():
+            raise UserError(f"the root {root} of the data set {config.name} is not a folder")
+        if config.name == "voc":
+            own_default = split == "train" and config.train_split is None
+            return Voc(root, None if own_default else chosen, config.year)
+        return {"cityscapes": Cityscapes, "camvid": CamVid, "folder": Folder}[config.name](root, chosen)
+    except OSError as error:
+        raise UserError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
 
 
 def _scenes(config: DataConfig, split: str) -> Dataset:
@@ -50,24 +53,33 @@ def _scenes(config: DataConfig, split: str) -> Dataset:
     return Scenes(split, counts[split], size=config.scene_size)
 
 
+def require_truth(dataset: Dataset) -> None:
+    """Raises UserError where `dataset` is a split without masks, such as a benchmark's test split."""
+    if isinstance(dataset, FileDataset) and any(pair.mask is None for pair in dataset.pairs):
+        name, split = dataset.name, dataset.split
+        raise UserError(f"the split {split} of the data set {name} has no masks to train on or score against")
+
+
 def check_dataset(dataset: Dataset, workers: int | None = None) -> None:
     """Reads every pair and raises one UserError that lists all that is wrong, a line each.
 
-    Missing and broken files, sizes that differ, mask values that are no label. A PNG image is checked by its
-    checksums and a JPEG is decoded at an eighth of its size; masks are read in full. `workers` threads:
-    decoding releases the GIL.
+    Missing and broken files, sizes that differ, mask values that are no label, and masks without one labelled
+    pixel in the whole split. A PNG image is checked by its checksums and a JPEG is decoded at an eighth of its
+    size; masks are read in full. `workers` threads: decoding releases the GIL.
     """
     count = len(dataset)
     if not count:
         raise UserError(f"the split {dataset.split} of the data set {dataset.name} is empty")
     pool = ThreadPoolExecutor(max(1, loader_workers(workers)))
     try:
-        results = pool.map(dataset.problems, range(count))
+        results = pool.map(dataset.inspect, range(count))
         title = f"checking {dataset.name} {dataset.split}"
-        bar = tqdm(results, total=count, desc=title, delay=2, leave=False)
-        problems = [problem for found in bar for problem in found]
+        findings = list(tqdm(results, total=count, desc=title, delay=2, leave=False))
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not read the rest first
+    problems = [problem for finding in findings for problem in finding.problems]
+    if all(finding.blank for finding in findings):
+        problems.append("every pixel of every mask is ignored; expected some that show a class")
     if not problems:
         return
     lines = [f"  {problem}" for problem in problems[:LISTED_PROBLEMS]]

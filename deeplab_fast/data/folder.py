@@ -4,7 +4,8 @@
     ROOT/train/images  ROOT/train/masks     one folder for each split, or
     ROOT/images/train  ROOT/masks/train     the same the other way round, or
     ROOT/images        ROOT/masks           one folder, with the lists ROOT/train.txt and ROOT/val.txt, or,
-                                            without lists, with val_fraction in dataset.toml
+                                            without lists and without folders for train and val, with
+                                            val_fraction in dataset.toml
 
 An image and its mask have the same stem, and any of the suffixes jpg, jpeg, png, bmp, webp, tif and tiff; a
 mask is never a JPEG. dataset.toml:
@@ -33,7 +34,7 @@ from ..errors import UserError
 from .base import FileDataset, Pair
 from .images import read_colour_mask, read_index_mask
 from .labels import IGNORE, MAX_CLASSES, Classes, value_table, voc_palette
-from .pairs import match_pairs, read_list
+from .pairs import match_pairs
 
 EXAMPLE = 'names = ["background", "leaf"]'
 _FIELDS = ("names", "masks", "palette", "ids", "ignore", "val_fraction")
@@ -77,7 +78,7 @@ def read_description(root: Path) -> Description:
         missing = root / "dataset.toml"
         raise UserError(f"{missing} does not exist; it names the classes of the masks, as in {EXAMPLE}")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
         fields = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except ValueError as error:  # both parsers' errors are ValueErrors
         raise UserError(f"{path} cannot be read: {error}") from error
@@ -103,6 +104,8 @@ class _Reader:
             raise self.wrong("names", f"a list of strings such as {EXAMPLE}")
         if len(names) > MAX_CLASSES:
             raise UserError(f"{self.path} names {len(names)} classes; expected {MAX_CLASSES} at most")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{self.path} names the class {twice[0]} twice; expected a name of its own for each")
         kind = self.fields.get("masks", "index")
         if kind not in ("index", "colour"):
             raise self.wrong("masks", '"index" or "colour"')
@@ -159,24 +162,38 @@ def _is_colour(value: Any) -> bool:
 
 
 def _pairs(root: Path, split: str, meaning: Description) -> list[Pair]:
-    for images, masks in (
-        (root / split / "images", root / split / "masks"),
-        (root / "images" / split, root / "masks" / split),
-    ):
-        if images.is_dir():
-            no_masks = split not in ("train", "val") and not masks.is_dir()
-            return match_pairs(images, None if no_masks else masks)
-    images, masks, listed = root / "images", root / "masks", root / f"{split}.txt"
-    if images.is_dir() and listed.is_file():
-        return match_pairs(images, masks, read_list(listed))
-    if images.is_dir() and split in ("train", "val") and meaning.val_fraction is not None:
+    if own := _split_folders(root, split):
+        images, masks = own
+        no_masks = split not in ("train", "val") and not masks.is_dir()
+        return match_pairs(images, None if no_masks else masks)
+    images, masks = root / "images", root / "masks"
+    # A list for one split and val_fraction for the other would put the same image into both.
+    lists = [name for name in dict.fromkeys(("train", "val", "test", split)) if (root / f"{name}.txt").is_file()]
+    if lists and images.is_dir() and meaning.val_fraction is not None:
+        raise UserError(f"{meaning.path} has val_fraction beside the list {lists[0]}.txt; expected one or the other")
+    if split in lists and images.is_dir():
+        return match_pairs(images, masks, root / f"{split}.txt")
+    folders = any(_split_folders(root, name) for name in ("train", "val"))
+    if split in ("train", "val") and images.is_dir() and not folders and meaning.val_fraction is not None:
         pairs = match_pairs(images, masks)
         held_out = _held_out([pair.stem for pair in pairs], meaning.val_fraction, images)
         return [pair for pair in pairs if (pair.stem in held_out) == (split == "val")]
     raise UserError(
         f"{root} has no split {split}: looked for the folders {split}/images and images/{split}, for images "
-        f"with the list {split}.txt, and for images with val_fraction in {meaning.path.name}"
+        f"with the list {split}.txt, and, without lists and such folders, for images with val_fraction in "
+        f"{meaning.path.name}"
     )
+
+
+def _split_folders(root: Path, split: str) -> tuple[Path, Path] | None:
+    """The images and the masks of a split that has folders of its own."""
+    for images, masks in (
+        (root / split / "images", root / split / "masks"),
+        (root / "images" / split, root / "masks" / split),
+    ):
+        if images.is_dir():
+            return images, masks
+    return None
 
 
 def _held_out(stems: list[str], fraction: float, images: Path) -> set[str]:

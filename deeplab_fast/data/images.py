@@ -20,9 +20,9 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
 
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[Image.Image]:
-    if not path.is_file():
-        raise UserError(f"the {kind} {path} does not exist")
     try:
+        if not path.is_file():
+            raise UserError(f"the {kind} {path} does not exist")
         with Image.open(path) as image:
             if image.mode == "F":
                 raise UserError(f"the {kind} {path} holds floating-point pixels; expected whole numbers")

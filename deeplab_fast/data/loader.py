@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -158,6 +159,26 @@ def _as_it_is(sample: object) -> object:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C, and often SIGTERM, reach every process of the group; the main process answers and ends the workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Leave it to the main process to answer Ctrl-C and SIGTERM, which often reach every process of a group.
+
+    A worker that ends before the main process asks it to would be an error there. One that never ends would
+    keep the main process from ending: `Process.terminate` sends SIGTERM, too, and the interpreter then waits.
+    Only the sender tells the two apart.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigtimedwait"):  # elsewhere torch's own handler stays, which ends the worker
+        signal.signal(signal.SIGTERM, lambda *_: None)  # for threads of libraries, which may not block it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    """End this process when `parent` sends SIGTERM, or is gone.
+
+    In a thread, as the main one may hang in a read from a file system that does not answer.
+    """
+    while os.getppid() == parent:
+        received = signal.sigtimedwait({signal.SIGTERM}, 1.0)
+        if received is not None and received.si_pid == parent:
+            break
+    os._exit(0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ..errors import UserError
@@ -23,9 +24,9 @@ def image_files(folder: Path) -> dict[str, Path]:
     return found
 
 
-def match_pairs(images: Path, masks: Path | None, stems: Iterable[str] | None = None) -> list[Pair]:
-    """The pairs of two folders: those of `stems`, or all in the order of their names. `masks` None: there are
-    none.
+def match_pairs(images: Path, masks: Path | None, listed: Path | None = None) -> list[Pair]:
+    """The pairs of two folders: those that the file `listed` names, or all in the order of their names. `masks`
+    None: there are none.
 
     A stem that only one folder has makes a pair whose other file does not exist, which reading it will say.
     """
@@ -36,20 +37,39 @@ def match_pairs(images: Path, masks: Path | None, stems: Iterable[str] | None = 
     mask_of = {} if masks is None else image_files(masks)
     if not image_of:
         raise UserError(f"the folder {images} holds no image; expected files ending in {', '.join(SUFFIXES)}")
+    present = image_of.keys() | mask_of.keys()
     usual = next(iter(image_of.values())).suffix
     pairs = []
-    for stem in sorted(image_of.keys() | mask_of.keys()) if stems is None else stems:
+    for stem in sorted(present) if listed is None else read_list(listed, present):
         image = image_of.get(stem, images / f"{stem}{usual}")
         mask = None if masks is None else mask_of.get(stem, masks / f"{stem}.png")
         pairs.append(Pair(stem, image, mask))
     return pairs
 
 
-def read_list(path: Path) -> list[str]:
-    """The stems in a list file: a line is a stem, a file name or a path; what follows a space, such as the
-    mask, is
-    left out."""
-    names = [Path(line.split()[0]).name for line in path.read_text("utf-8").splitlines() if line.strip()]
-    if not names:
+def read_list(path: Path, known: Collection[str] = ()) -> list[str]:
+    """The stems in a list file: a line is a stem, a file name or a path, and a space and more, such as the mask,
+    may follow. A name may hold spaces where its stem is in `known`."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"the list {path} is not in UTF-8: {error.reason} at byte {error.start}") from error
+    stems = [_listed_stem(line.strip(), known) for line in lines if line.strip()]
+    if not stems:
         raise UserError(f"the list {path} is empty; expected the name of one image a line")
-    return [Path(name).stem if Path(name).suffix.lower() in SUFFIXES else name for name in names]
+    return stems
+
+
+def _listed_stem(line: str, known: Collection[str]) -> str:
+    """Of what precedes a space, or is the whole line, the longest that ends in a known name, else the first."""
+    ends = [space.start() for space in re.finditer(r"\s+|$", line)]
+    for end in reversed(ends):
+        path = Path(line[:end])
+        # With a space in its folder, it is likely a second path that ends here.
+        if _stem(path) in known and not re.search(r"\s", str(path.parent)):
+            return _stem(path)
+    return _stem(Path(line[: ends[0]]))
+
+
+def _stem(path: Path) -> str:
+    return path.stem if path.suffix.lower() in SUFFIXES else path.name

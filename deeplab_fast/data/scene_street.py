@@ -26,8 +26,8 @@ PEOPLE = (2, 7)  # in a scene
 SIGNS = (0.2, 2.5)  # on a side of the street, rounded down
 CARS = (0, 2)  # in each of two lanes
 PARKED = (1, 4)  # on a side that has any
-PERSON_AT, SIGN_AT, LAMPS_TO = (3.0, 11.0), (4.0, 11.0), 30.0  # metres from the camera
-THIN = 5.0 / 128  # the narrowest pole, as a share of the image's height
+PERSON_AT, SIGN_AT, LAMPS_TO = (3.0, 9.0), (4.0, 9.0), 30.0  # metres from the camera
+THIN = 6.0 / 128  # the narrowest pole, as a share of the image's height
 
 
 @dataclass

@@ -50,8 +50,8 @@ class DeepLab(nn.Module):
         return self.classifier(x)
 
     def predict_logits(self, x: Tensor) -> Tensor:
-        """x (N, 3, H, W) -> logits (N, K, H, W)."""
-        return resize(self(x), x.shape[-2:], self.align_corners)
+        """x (N, 3, H, W) -> logits fp32 (N, K, H, W), under autocast too: upsampled in half precision, logits tie."""
+        return resize(self(x).float(), x.shape[-2:], self.align_corners)
 
     def _check_batch(self, x: Tensor) -> None:
         n, _, h, w = x.shape
@@ -194,7 +194,7 @@ def _build_backbone(
         raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
     if beta_stem:
         raise UserError(f"beta_stem is set: {name} has one 3x3 stem already, expected a ResNet backbone")
-    if not width_mult > 0:
+    if not 0 < width_mult < float("inf"):
         raise UserError(f"width_mult is {width_mult}: expected a number above 0")
     return MobileNetV2(width_mult=width_mult, **shared)
 

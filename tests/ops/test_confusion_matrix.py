@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from deeplab_fast.ops.confusion_matrix import LABEL_DTYPES
 from deeplab_fast.testing import assert_close, backends
 
 OP = "confusion_matrix"
+ROOT = Path(__file__).resolve().parents[2]
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
 
 SHAPES = [
@@ -180,6 +184,47 @@ def test_threads_do_not_change_the_counts():
             assert all(map(torch.equal, confusion_matrix(prediction, target, 19), expected))
     finally:
         torch.set_num_threads(before)
+
+
+# 1024: fewer tables than threads; 4096: none at all
+LARGE_K = """
+import resource
+import torch
+from deeplab_fast.ops import confusion_matrix, dispatch
+torch.set_num_threads(16)
+labels = torch.randint(-3, {classes} + 3, (2, 16 * 32_768 + 77), generator=torch.Generator().manual_seed(0)).int()
+labels[1, ::9] = 255
+prediction, target = labels
+bins = target.long() * {classes} + prediction
+within = ((labels >= 0) & (labels < {classes})).all(0)
+places, pixels = bins[within & (target != 255)].unique(return_counts=True)
+confusion_matrix(prediction, target, 5, backend="native")  # the threads are there now
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + {classes} ** 2 * 8 + (100 << 20)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+counts, out_of_range = confusion_matrix(prediction, target, {classes}, backend="native")
+assert dispatch.last_backend("confusion_matrix") == "native"
+assert torch.equal(counts.flatten()[places], pixels) and counts.sum() == pixels.sum()
+assert out_of_range == (~within & (target != 255)).sum()
+"""
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="deeplab_fast._C is not built")
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
+@pytest.mark.parametrize("classes", [1024, 4096])
+def test_private_tables_of_many_threads_stay_small(classes):
+    command = [sys.executable, "-c", LARGE_K.format(classes=classes)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(not instruction_sets(), reason="deeplab_fast._C is not built")
+@pytest.mark.parametrize("types", list(itertools.product(LABEL_DTYPES, repeat=2)), ids=str)
+def test_straight_into_large_counts(types):
+    prediction = label_map((70, 65), types[0], 2100, seed=20, run=5)
+    target = label_map((70, 65), types[1], 2100, seed=21, run=5)
+    for ignore in (255, None):
+        check(prediction, target, 2100, ignore, "native")
 
 
 def test_compile_and_export_hold_one_op_and_name_no_backend(tmp_path):

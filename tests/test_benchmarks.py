@@ -1,0 +1,94 @@
+"""What the benchmarks' numbers are compared with, and what is written beside them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks import ratios
+from deeplab_fast import device
+
+pytest.importorskip("pytest_benchmark")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def conftest() -> ModuleType:
+    path = Path(ratios.__file__).parent / "conftest.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """benchmarks/results in a repository of its own with one commit."""
+    if shutil.which("git") is None:
+        pytest.skip("no git")
+    folder = tmp_path / "benchmarks" / "results"
+    folder.mkdir(parents=True)
+    (tmp_path / "code.py").touch()
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "one"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    monkeypatch.setattr(ratios, "RESULTS", folder)
+    return folder
+
+
+def test_share_is_of_a_copy_of_the_same_size_in_the_same_rounds(results, monkeypatch):
+    sizes = []
+    copying = ratios.copying
+
+    def recorded(bytes_moved: int, device: torch.device) -> ratios.Variant:
+        copy = copying(bytes_moved, device)
+        sizes.append(copy.bytes_moved)
+        return copy._replace(run=copy_run)
+
+    def native_run() -> None: ...
+    def copy_run() -> None: ...
+
+    monkeypatch.setattr(ratios, "copying", recorded)
+    monkeypatch.setattr(ratios, "seconds", lambda run, *_: {native_run: 4e-6, copy_run: 1e-6}[run])
+    groups = {"op": {"native": ratios.Variant(native_run, 4000)}}
+    path = ratios.save(groups, {"copy_gb_s": 1000.0}, CPU, keeps_freed_memory=False)
+    about = json.loads(path.read_text())
+    assert sizes == [4000]
+    assert about["results"]["op"]["copy"] == {"median_ms": 0.001, "ratio": 0.25, "gb_s": 4.0, "share_of_copy": 1.0}
+    assert about["results"]["op"]["native"]["share_of_copy"] == 0.25
+    assert about["keeps_freed_memory"] is False
+
+
+def test_commit_says_whether_the_tree_has_changes(results):
+    clean = ratios.commit()
+    assert clean and ratios.describe(CPU)["commit"] == clean and "dirty" not in clean
+    (results / "device.json").touch()  # written by the benchmarks themselves
+    assert ratios.commit() == clean
+    (results.parent.parent / "code.py").write_text("changed")
+    assert ratios.commit() == ratios.describe(CPU)["commit"] == f"{clean}-dirty"
+
+
+def test_no_commit_outside_a_repository(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr(ratios, "RESULTS", tmp_path / "results")
+    assert ratios.commit() is None
+
+
+@pytest.mark.parametrize("agreed, header", [(True, "keeps freed memory"), (False, "refused to keep freed memory")])
+def test_an_allocator_that_refuses_is_told_of_and_no_error(conftest, monkeypatch, agreed, header):
+    monkeypatch.setattr(conftest, "set_allocator", lambda: agreed)
+    config = SimpleNamespace()
+    conftest.pytest_configure(config)
+    assert config.keeps_freed_memory is agreed
+    assert header in conftest.pytest_report_header(config)
+
+
+def test_benchmarks_share_the_commands_allocator_settings(conftest):
+    assert conftest.set_allocator is device.set_allocator
