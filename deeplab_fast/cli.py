@@ -12,8 +12,9 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-from .config import PRESETS, Config
+from .config import Config
 from .errors import UserError
+from .presets import PRESETS
 
 
 @dataclass(frozen=True)

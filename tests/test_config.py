@@ -8,8 +8,9 @@ import json
 import pytest
 
 from deeplab_fast.cli import parse_train
-from deeplab_fast.config import _BOUNDS, PRESETS, Config
+from deeplab_fast.config import _BOUNDS, Config
 from deeplab_fast.errors import UserError
+from deeplab_fast.presets import PRESETS
 
 
 @pytest.mark.parametrize("name", PRESETS)
