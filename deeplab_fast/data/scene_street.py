@@ -23,7 +23,7 @@ SKY, BUILDING, ROAD, PAVEMENT, VEGETATION, CAR, PERSON, POLE, SIGN, FENCE = rang
 
 # How many there are and how small they get: least and most.
 PEOPLE = (2, 7)  # in a scene
-SIGNS = (0.2, 2.5)  # on a side of the street, rounded down
+SIGNS = (0.2, 2.0)  # on a side of the street, rounded down
 CARS = (0, 2)  # in each of two lanes
 PARKED = (1, 4)  # on a side that has any
 PERSON_AT, SIGN_AT, LAMPS_TO = (3.0, 9.0), (4.0, 9.0), 30.0  # metres from the camera
