@@ -119,7 +119,7 @@ class OptimConfig:
     steps: int = 30_000
     """optimiser steps"""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd with momentum, or AdamW, which learns in fewer steps from random weights"""
+    """sgd (with momentum) or adamw"""
     lr: float = 0.01
     """peak learning rate of the backbone"""
     head_lr_mult: float = 10.0

@@ -10,8 +10,7 @@ from .config import AugmentConfig, Config, DataConfig, ModelConfig, OptimConfig,
 def scenes() -> Config:
     """The built-in street scenes, from random weights, in under five minutes on two CPU cores.
 
-    AdamW is ahead of SGD by far in so few steps; every scene is new, so nothing else has to keep the model from
-    learning the training set by heart.
+    Every scene is new, so nothing has to keep the model from learning the training set by heart: no jitter, no dropout.
     """
     return Config(
         data=DataConfig(name="scenes"),
@@ -19,7 +18,7 @@ def scenes() -> Config:
         model=ModelConfig(backbone="resnet18", output_stride=32, aspp_channels=128, decoder_channels=128, dropout=0.0),
         optim=OptimConfig(
             batch_size=8,
-            steps=640,
+            steps=600,
             optimizer="adamw",
             lr=3e-3,
             head_lr_mult=1.0,
@@ -30,7 +29,7 @@ def scenes() -> Config:
             # sky, building, road, pavement, vegetation, car, person, pole, sign, fence
             class_weights=(0.8, 0.7, 0.8, 1.0, 1.0, 1.0, 1.5, 1.3, 1.8, 1.0),
         ),
-        run=RunConfig(output="runs/scenes", val_every=320, save_every=160),
+        run=RunConfig(output="runs/scenes", val_every=300, save_every=150),
     )
 
 
