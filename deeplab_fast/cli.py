@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
+from . import checkpoint
 from .config import Config
 from .errors import UserError
 from .presets import PRESETS
@@ -83,8 +84,6 @@ def _value_of(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _read_run(path: Path) -> tuple[dict[str, Any], Config]:
-    from . import checkpoint  # imports torch, which `--help` need not wait for
-
     path = path / "last.pt" if path.is_dir() else path
     content = checkpoint.load(path)
     if "training" not in content:

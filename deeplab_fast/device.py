@@ -56,9 +56,8 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
 def set_allocator() -> bool:
     """Make glibc keep freed memory, and say whether it agreed.
 
-    By default every large tensor is mapped, zeroed by the kernel page by page and unmapped again, which costs a
-    convolution network on a CPU about a fifth of its time. Commands call this for their own process; importing
-    the package never does.
+    By default every large tensor is mapped, zeroed by the kernel page by page and unmapped again. Commands call this
+    for their own process; importing the package never does.
     """
     if not sys.platform.startswith("linux"):
         return False

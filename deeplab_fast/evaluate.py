@@ -12,18 +12,19 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
 from .cli import run_command
 from .config import DataConfig
-from .data.datasets import Dataset, FileDataset, open_dataset
+from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
 from .device import describe, resolve_device, resolve_precision, set_allocator
 from .errors import UserError
 from .files import atomic_path, make_folder
-from .inference import DEFAULT_OVERLAP, predict_dataset
-from .metrics import SegmentationMetrics, format_table
+from .inference import DEFAULT_OVERLAP, evaluate_dataset
+from .metrics import format_table
 from .visualize import check_replaceable, save_palette_png
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion")
@@ -128,35 +129,33 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     model, config, classes = checkpoint.load_model(command.checkpoint, device)
     data = choose_data(config.data, command.data, command.root, command.year)
     dataset = open_dataset(data, command.split)
+    require_truth(dataset)
     check_classes(classes, dataset.classes, command.checkpoint, data.name)
     paths = mask_paths(dataset, data.root, command.output) if command.output else None
     for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
         make_folder(folder)
 
     print(f"{command.checkpoint} on {data.name} {dataset.split}; {describe(device, dtype)}")
-    metrics = SegmentationMetrics(len(classes), device)
-    predictions = predict_dataset(
-        model,
-        dataset,
-        workers=data.workers if command.workers is None else command.workers,
-        device=device,
-        dtype=dtype,
-        channels_last=config.run.channels_last,
-        window=command.window if any(command.window) else None,
-        overlap=command.overlap,
-    )
-    began = time.perf_counter()
-    bar = tqdm(predictions, total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
-    for index, _, mask, prediction in bar:
-        if mask is None:
-            raise UserError(
-                f"the split {dataset.split} of {data.name} has no truth to score against; "
-                "python -m deeplab_fast.predict draws its masks"
-            )
-        metrics.update(prediction, mask.to(device, non_blocking=True))
+    bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
+
+    def each(index: int, prediction: Tensor) -> None:
         if paths:
             save_palette_png(paths[index], prediction.cpu().numpy(), classes)
-    result = metrics.compute()  # waits for the device
+        bar.update()
+
+    began = time.perf_counter()
+    with bar:
+        result, _ = evaluate_dataset(
+            model,
+            dataset,
+            device=device,
+            workers=data.workers if command.workers is None else command.workers,
+            each=each,
+            dtype=dtype,
+            channels_last=config.run.channels_last,
+            window=command.window if any(command.window) else None,
+            overlap=command.overlap,
+        )
     speed = len(dataset) / (time.perf_counter() - began)
     print(f"\n{format_table(result, classes.names)}\n\n{len(dataset)} images, {speed:.1f} images/s")
     return {

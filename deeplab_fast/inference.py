@@ -5,7 +5,7 @@ Validation during training, `evaluate` and `predict` all come through here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -76,17 +76,6 @@ def predict_image(
         ) from error
 
 
-def predict_dataset(
-    model: nn.Module, dataset: Dataset, *, workers: int | None = None, **options: Any
-) -> Iterator[tuple[int, Tensor, Tensor | None, Tensor]]:
-    """In order: index, image uint8 (H, W, 3), truth uint8 (H, W) or None, prediction uint8 (H, W).
-
-    The prediction lies on the device, the rest on the CPU. options: those of `predict_image`.
-    """
-    for index, image, mask in eval_samples(dataset, workers):
-        yield index, image, mask, predict_image(model, image, **options)
-
-
 def evaluate_dataset(
     model: nn.Module,
     dataset: Dataset,
@@ -94,24 +83,25 @@ def evaluate_dataset(
     device: torch.device,
     workers: int | None = None,
     keep: Collection[int] = (),
-    each: Callable[[], object] | None = None,
+    each: Callable[[int, Tensor], object] | None = None,
     **options: Any,
 ) -> tuple[dict[str, Any], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """The scores of a data set (see `metrics.scores`), and image, truth, prediction of the indices in `keep`.
 
-    each: called after every image. options: those of `predict_image`. A sample without truth raises
-    UserError.
+    each: called with the index and the prediction, uint8 (H, W) on the device, of every image in order. options: those
+    of `predict_image`. A sample without truth raises UserError.
     """
     metrics = SegmentationMetrics(len(dataset.classes), device)
     kept = []
-    for index, image, mask, prediction in predict_dataset(model, dataset, workers=workers, device=device, **options):
+    for index, image, mask in eval_samples(dataset, workers):
         if mask is None:
             raise UserError(f"the split {dataset.split} of the data set {dataset.name} has no truth to score against")
+        prediction = predict_image(model, image, device=device, **options)
         metrics.update(prediction, mask.to(device, non_blocking=True))
         if index in keep:
             kept.append((image.numpy(), mask.numpy(), prediction.cpu().numpy()))
         if each is not None:
-            each()
+            each(index, prediction)
     return metrics.compute(), kept
 
 

@@ -26,6 +26,8 @@ def new_run_folder(wanted: str, *, explicit: bool) -> Path:
             (folder / "config.json").open("x").close()  # fails for the second of two runs that start at once
             return folder
         except FileExistsError:
+            if not folder.is_dir():
+                raise UserError(f"--output {folder} is a file; expected a folder") from None
             if explicit:
                 raise UserError(
                     f"{folder} holds a run already: give another --output, or go on with --resume {folder}"

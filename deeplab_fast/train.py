@@ -94,7 +94,7 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
     count = min(run.sample_count, len(dataset))
     shown = {round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}
 
-    def each() -> None:
+    def each(index: int, prediction: Tensor) -> None:
         stop.check()
         seen.update()
 

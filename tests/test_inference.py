@@ -14,7 +14,7 @@ from deeplab_fast.data.augment import prepare
 from deeplab_fast.data.datasets import Dataset
 from deeplab_fast.data.labels import Classes
 from deeplab_fast.errors import UserError
-from deeplab_fast.inference import evaluate_dataset, predict_dataset, predict_image
+from deeplab_fast.inference import evaluate_dataset, predict_image
 
 CPU = torch.device("cpu")
 
@@ -185,12 +185,15 @@ class Toy(Dataset):
 
 def test_evaluate_dataset_scores_and_keeps_samples():
     calls = []
-    result, kept = evaluate_dataset(
-        Pixelwise(), Toy(), device=CPU, workers=0, keep={0, 2}, each=lambda: calls.append(1)
-    )
+
+    def each(index, prediction):
+        expected = predict_image(Pixelwise(), random_image(6 + index, 9), device=CPU)
+        calls.append((index, torch.equal(prediction, expected)))
+
+    result, kept = evaluate_dataset(Pixelwise(), Toy(), device=CPU, workers=0, keep={0, 2}, each=each)
     assert result["pixel_accuracy"] == 1.0
     assert sum(map(sum, result["confusion"])) == (5 + 6 + 7) * 9
-    assert len(calls) == 3
+    assert calls == [(0, True), (1, True), (2, True)]
     assert [image.shape for image, _, _ in kept] == [(6, 9, 3), (8, 9, 3)]
     for image, truth, prediction in kept:
         assert image.dtype == truth.dtype == prediction.dtype == np.uint8
@@ -200,9 +203,3 @@ def test_evaluate_dataset_scores_and_keeps_samples():
 def test_evaluate_dataset_without_truth_is_an_error():
     with pytest.raises(UserError, match="the split val of the data set toy has no truth"):
         evaluate_dataset(Pixelwise(), Toy(truth=False), device=CPU, workers=0)
-
-
-def test_predict_dataset_is_in_order():
-    got = list(predict_dataset(Pixelwise(), Toy(truth=False), workers=0, device=CPU))
-    assert [index for index, *_ in got] == [0, 1, 2]
-    assert all(mask is None and tuple(image.shape[:2]) == tuple(label.shape) for _, image, mask, label in got)

@@ -309,6 +309,12 @@ def test_a_run_is_never_written_over(tmp_path, finished, monkeypatch):
     assert command.train(parsed, resumed) == Path("runs/scenes-2")
 
 
+def test_output_that_is_a_file_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(UserError, match=r"--output .*taken is a file; expected a folder"):
+        run("--steps", "1", output=tmp_path / "taken")
+
+
 def test_resume_refuses_what_would_change_the_numbers(finished):
     with pytest.raises(UserError, match=r"--batch-size was 2 and cannot become 4"):
         parse_train(["--resume", str(finished), "--batch-size", "4"])
