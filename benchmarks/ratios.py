@@ -21,9 +21,11 @@ import torch
 
 from benchmarks.shapes import TINY
 from deeplab_fast import __version__
+from deeplab_fast.device import set_allocator
 from deeplab_fast.info import cpu_name, version_of
 from deeplab_fast.ops import native
 
+CPU = torch.device("cpu")
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 1 if TINY else 5
 WARM_UP = 1 if TINY else 12
@@ -57,12 +59,48 @@ def seconds(run: Callable[[], Any], device: torch.device, calls: int = 1) -> flo
     return (time.perf_counter() - start) / calls
 
 
+def cold_seconds(run: Callable[[], Any]) -> float:
+    """Median of single calls whose results lie in fresh pages, as in a process that leaves glibc's allocator alone."""
+    set_allocator(keep=False)
+    try:
+        return statistics.median(seconds(run, CPU) for _ in range(ROUNDS))
+    finally:
+        set_allocator()
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """What one call needs beyond what lies in memory already, its result included; None where the system hides it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    run()  # reads in what it needs of torch
+    set_allocator(keep=False)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak starts again from here
+        before = _resident("VmRSS")
+        run()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+    finally:
+        set_allocator()
+
+
+def _resident(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10
+
+
 def interleave(variants: Mapping[str, Variant], ours: str, device: torch.device) -> dict[str, Any]:
     """Five rounds after a dozen warm-ups, all variants in each: medians, and medians of the ratios.
 
     variants: one of them named "copy"
     ratio: the variant's time over that of `ours` in the same round; above 1, ours is faster
     share_of_copy: the variant's rate over the copy's
+    cold_ms: where results lie in fresh pages, on a CPU; peak_mb: see `peak_bytes`
     """
     calls = {}
     for name, variant in variants.items():
@@ -80,6 +118,10 @@ def interleave(variants: Mapping[str, Variant], ours: str, device: torch.device)
             "gb_s": round(rates[name] / 1e9, 2),
             "share_of_copy": round(rates[name] / rates["copy"], 3),
         }
+        if device.type == "cpu":
+            rows[name]["cold_ms"] = round(cold_seconds(variants[name].run) * 1e3, 4)
+        if (peak := peak_bytes(variants[name].run, device)) is not None:
+            rows[name]["peak_mb"] = round(peak / 1e6, 2)
     return rows
 
 

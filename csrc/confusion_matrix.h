@@ -9,7 +9,7 @@
 #define HOST_DEVICE
 #endif
 
-// Element types of label maps, in the order of LABEL_DTYPES in deeplab_fast/ops/confusion_matrix.py.
+// Element types of label maps, in the order of LABEL_DTYPES in deeplab_fast/ops/native.py.
 enum class LabelType : int { u8, i8, i16, i32, i64 };
 
 struct LabelMap {

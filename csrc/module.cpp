@@ -1,31 +1,24 @@
-// deeplab_fast._C: raw pointers, sizes and stream handles in, nothing of torch. Pointers travel as integers.
+// deeplab_fast._C: raw pointers, sizes and stream handles in, nothing of torch. The launchers are in bind/.
 
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <new>
-#include <optional>
 #include <string>
 #include <vector>
 
+#include "bind/bind.h"
 #include "cpu/kernels.h"
 #ifdef WITH_CUDA
 #include "checks.h"
-#include "cuda/kernels.h"
 #endif
-
-namespace py = pybind11;
 
 namespace {
 
-struct CpuKernels {
+struct Named {
     const char* name;
-    ConfusionMatrixKernel* confusion_matrix;
+    InstructionSet set;
 };
 
 // Best first: what was built and this processor has.
-std::vector<CpuKernels> available() {
-    std::vector<CpuKernels> sets;
+std::vector<Named> available() {
+    std::vector<Named> sets;
 #ifdef WITH_X86_KERNELS
     __builtin_cpu_init();
     const bool has_avx2 =
@@ -33,63 +26,32 @@ std::vector<CpuKernels> available() {
     if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bf16"))
-        sets.push_back({"avx512", avx512::confusion_matrix});
-    if (has_avx2) sets.push_back({"avx2", avx2::confusion_matrix});
+        sets.push_back({"avx512", InstructionSet::avx512});
+    if (has_avx2) sets.push_back({"avx2", InstructionSet::avx2});
 #endif
-    sets.push_back({"portable", portable::confusion_matrix});
+    sets.push_back({"portable", InstructionSet::portable});
     return sets;
 }
 
-CpuKernels cpu = available().front();
+Named in_use = available().front();
 
 std::vector<std::string> instruction_sets() {
     std::vector<std::string> names;
-    for (const CpuKernels& set : available()) names.emplace_back(set.name);
+    for (const Named& set : available()) names.emplace_back(set.name);
     return names;
 }
 
 void use_instruction_set(const std::string& name) {
-    for (const CpuKernels& set : available()) {
+    for (const Named& set : available()) {
         if (name == set.name) {
-            cpu = set;
+            in_use = set;
             return;
         }
     }
     throw py::value_error("no kernels for the instruction set " + name + " on this processor");
 }
 
-ConfusionArgs confusion_args(uintptr_t prediction, int prediction_type, uintptr_t target, int target_type,
-                             int64_t pixels, int num_classes, std::optional<int64_t> ignore_index,
-                             uintptr_t counts, uintptr_t out_of_range) {
-    return {{reinterpret_cast<const void*>(prediction), static_cast<LabelType>(prediction_type)},
-            {reinterpret_cast<const void*>(target), static_cast<LabelType>(target_type)},
-            pixels,
-            num_classes,
-            ignore_index.has_value(),
-            ignore_index.value_or(0),
-            reinterpret_cast<int64_t*>(counts),
-            reinterpret_cast<int64_t*>(out_of_range)};
-}
-
-void confusion_matrix_cpu(uintptr_t prediction, int prediction_type, uintptr_t target, int target_type,
-                          int64_t pixels, int num_classes, std::optional<int64_t> ignore_index,
-                          uintptr_t counts, uintptr_t out_of_range, int threads) {
-    const ConfusionArgs args = confusion_args(prediction, prediction_type, target, target_type, pixels,
-                                              num_classes, ignore_index, counts, out_of_range);
-    const py::gil_scoped_release release;
-    if (!cpu.confusion_matrix(args, threads)) throw std::bad_alloc();
-}
-
 #ifdef WITH_CUDA
-void confusion_matrix_cuda(uintptr_t prediction, int prediction_type, uintptr_t target, int target_type,
-                           int64_t pixels, int num_classes, std::optional<int64_t> ignore_index,
-                           uintptr_t counts, uintptr_t out_of_range, int device, uintptr_t stream) {
-    const ConfusionArgs args = confusion_args(prediction, prediction_type, target, target_type, pixels,
-                                              num_classes, ignore_index, counts, out_of_range);
-    const py::gil_scoped_release release;
-    cuda::confusion_matrix(args, device, reinterpret_cast<CudaStream>(stream));
-}
-
 // None, or the driver's reason why no kernel can be launched.
 std::optional<std::string> cuda_why_not() {
     int devices = 0;
@@ -101,6 +63,8 @@ std::optional<std::string> cuda_why_not() {
 
 }  // namespace
 
+InstructionSet instruction_set() { return in_use.set; }
+
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Kernels of deeplab_fast over raw pointers; deeplab_fast.ops is the way in.";
     m.attr("compiler") = BUILD_COMPILER;
@@ -108,11 +72,20 @@ PYBIND11_MODULE(_C, m) {
     m.attr("cuda") = BUILD_CUDA;                              // toolkit's version, or empty
     m.attr("cuda_architectures") = BUILD_CUDA_ARCHITECTURES;  // such as 80,86,90
     m.def("instruction_sets", &instruction_sets, "Those that this processor has kernels for, best first.");
-    m.def("instruction_set", [] { return cpu.name; }, "The one in use.");
+    m.def("instruction_set", [] { return in_use.name; }, "The one in use.");
     m.def("use_instruction_set", &use_instruction_set, "Choose another: for tests.");
-    m.def("confusion_matrix_cpu", &confusion_matrix_cpu);
 #ifdef WITH_CUDA
     m.def("cuda_why_not", &cuda_why_not, "None, or the driver's reason why nothing can be launched.");
-    m.def("confusion_matrix_cuda", &confusion_matrix_cuda);
 #endif
+    bind_augment_image(m);
+    bind_batch_norm_act(m);
+    bind_confusion_matrix(m);
+    bind_depthwise_conv(m);
+    bind_depthwise_conv_backward(m);
+    bind_normalize_image(m);
+    bind_separable_conv(m);
+    bind_upsample_argmax(m);
+    bind_upsample_concat(m);
+    bind_upsample_confusion_matrix(m);
+    bind_upsample_cross_entropy(m);
 }

@@ -53,11 +53,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype)
 
 
-def set_allocator() -> bool:
+def set_allocator(keep: bool = True) -> bool:
     """Make glibc keep freed memory, and say whether it agreed.
 
     By default every large tensor is mapped, zeroed by the kernel page by page and unmapped again. Commands call this
-    for their own process; importing the package never does.
+    for their own process; importing the package never does. keep=False goes back to glibc's initial thresholds and
+    returns what is free: for benchmarks, which show both.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -65,6 +66,11 @@ def set_allocator() -> bool:
         mallopt = ctypes.CDLL(None).mallopt
     except AttributeError:  # a C library without mallopt, such as musl
         return False
+    if not keep:
+        initial = {_M_TRIM_THRESHOLD: 1 << 17, _M_TOP_PAD: 0, _M_MMAP_THRESHOLD: 1 << 17}
+        accepted = [mallopt(parameter, value) == 1 for parameter, value in initial.items()]
+        ctypes.CDLL(None).malloc_trim(0)
+        return all(accepted)
     accepted = [mallopt(_M_TRIM_THRESHOLD, 1 << 30) == 1, mallopt(_M_TOP_PAD, 1 << 26) == 1]
     # Older releases refuse a threshold above half a heap, 32 MiB.
     accepted.append(mallopt(_M_MMAP_THRESHOLD, 1 << 30) == 1 or mallopt(_M_MMAP_THRESHOLD, 1 << 25) == 1)

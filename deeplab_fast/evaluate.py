@@ -138,10 +138,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     print(f"{command.checkpoint} on {data.name} {dataset.split}; {describe(device, dtype)}")
     bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
 
-    def each(index: int, prediction: Tensor) -> None:
-        if paths:
-            save_palette_png(paths[index], prediction.cpu().numpy(), classes)
-        bar.update()
+    def save(index: int, prediction: Tensor) -> None:
+        save_palette_png(paths[index], prediction.cpu().numpy(), classes)
 
     began = time.perf_counter()
     with bar:
@@ -150,7 +148,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             dataset,
             device=device,
             workers=data.workers if command.workers is None else command.workers,
-            each=each,
+            each=save if paths else None,
+            progress=bar.update,
             dtype=dtype,
             channels_last=config.run.channels_last,
             window=command.window if any(command.window) else None,

@@ -5,7 +5,8 @@ Validation during training, `evaluate` and `predict` all come through here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .data.loader import eval_samples
 from .device import autocast
 from .errors import UserError
 from .metrics import SegmentationMetrics
+from .ops import upsample_argmax
 
 LARGEST_WHOLE = 2048 * 2048
 """Pixels of the largest image that is predicted in one piece where no window is asked for."""
@@ -51,27 +53,50 @@ def predict_image(
     if not 0 <= overlap < 1:
         raise UserError(f"the overlap is {overlap}: expected a share in [0, 1)")
     height, width = image.shape[:2]
-    if window is None and height * width > LARGEST_WHOLE:
-        window = DEFAULT_WINDOW
-    whole = window is None or (window[0] >= height and window[1] >= width)
-
-    def logits(part: Tensor) -> Tensor:
-        x = prepare(part[None], None, dtype=dtype, channels_last=channels_last)
-        with autocast(device, dtype):
-            return model.predict_logits(x)[0]  # (K, h, w)
-
-    try:
+    window = _pieces((height, width), window)
+    options = {"dtype": dtype, "channels_last": channels_last}
+    with _memory_error_named(device, (height, width), window):
         image = image.to(device, non_blocking=True)
-        if whole:
-            return logits(image).argmax(0).to(torch.uint8)
-        return _blend(logits, image, window, overlap)
-    except RuntimeError as error:
-        # On a CPU the allocator's text is all that tells.
-        if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(error):
+        if window is None:
+            logits = _logits(model, image, **options)
+            return upsample_argmax(logits, (height, width), align_corners=model.align_corners)[0]
+        return _blend(lambda part: _logits(model, part, full=True, **options)[0], image, window, overlap)
+
+
+def _pieces(size: tuple[int, int], window: tuple[int, int] | None) -> tuple[int, int] | None:
+    """The window that an image of this size is predicted in; None: in one piece."""
+    if window is None and size[0] * size[1] > LARGEST_WHOLE:
+        window = DEFAULT_WINDOW
+    return None if window is None or (window[0] >= size[0] and window[1] >= size[1]) else window
+
+
+def _logits(
+    model: nn.Module,
+    image: Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+    full: bool = False,
+) -> Tensor:
+    """uint8 (H, W, 3) on the device -> logits (1, K, h, w), or fp32 at full size."""
+    x = prepare(image[None], None, dtype=dtype, channels_last=channels_last)
+    with autocast(image.device, dtype):
+        return model.predict_logits(x) if full else model(x)
+
+
+@contextlib.contextmanager
+def _memory_error_named(device: torch.device, size: tuple[int, int], window: tuple[int, int] | None) -> Iterator[None]:
+    """Turns what torch raises where memory is short into a UserError."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # Of torch's errors on a CPU the allocator's text is all that tells.
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and "DefaultCPUAllocator" not in str(error):
             raise
-        pieces = "in one piece" if whole else f"in windows of {window[1]} x {window[0]}"
+        pieces = "in one piece" if window is None else f"in windows of {window[1]} x {window[0]}"
         raise UserError(
-            f"{device} has too little memory to predict an image of {width} x {height} pixels {pieces}: "
+            f"{device} has too little memory to predict an image of {size[1]} x {size[0]} pixels {pieces}: "
             "expected smaller images or, where evaluate or predict runs, a smaller --window"
         ) from error
 
@@ -84,24 +109,35 @@ def evaluate_dataset(
     workers: int | None = None,
     keep: Collection[int] = (),
     each: Callable[[int, Tensor], object] | None = None,
+    progress: Callable[[], object] = lambda: None,
+    window: tuple[int, int] | None = None,
+    overlap: float = DEFAULT_OVERLAP,
     **options: Any,
 ) -> tuple[dict[str, Any], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """The scores of a data set (see `metrics.scores`), and image, truth, prediction of the indices in `keep`.
 
-    each: called with the index and the prediction, uint8 (H, W) on the device, of every image in order. options: those
-    of `predict_image`. A sample without truth raises UserError.
+    each: called with the index and the prediction, uint8 (H, W) on the device, of every image in order. progress:
+    called after every image. window, overlap, options: those of `predict_image`. Where nobody asks for the label map of
+    a whole image, none is made. A sample without truth raises UserError.
     """
     metrics = SegmentationMetrics(len(dataset.classes), device)
     kept = []
     for index, image, mask in eval_samples(dataset, workers):
         if mask is None:
             raise UserError(f"the split {dataset.split} of the data set {dataset.name} has no truth to score against")
-        prediction = predict_image(model, image, device=device, **options)
-        metrics.update(prediction, mask.to(device, non_blocking=True))
-        if index in keep:
-            kept.append((image.numpy(), mask.numpy(), prediction.cpu().numpy()))
-        if each is not None:
-            each(index, prediction)
+        truth, size = mask.to(device, non_blocking=True), tuple(mask.shape)
+        if index not in keep and each is None and _pieces(size, window) is None:
+            with _memory_error_named(device, size, None), torch.inference_mode():
+                logits = _logits(model, image.to(device, non_blocking=True), **options)
+                metrics.update_from_logits(logits, truth[None], align_corners=model.align_corners)
+        else:
+            prediction = predict_image(model, image, device=device, window=window, overlap=overlap, **options)
+            metrics.update(prediction, truth)
+            if index in keep:
+                kept.append((image.numpy(), mask.numpy(), prediction.cpu().numpy()))
+            if each is not None:
+                each(index, prediction)
+        progress()
     return metrics.compute(), kept
 
 

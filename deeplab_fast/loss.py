@@ -7,10 +7,10 @@ and equals one large batch, instead of averaging averages.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .data.labels import IGNORE
+from .ops import upsample_cross_entropy
 
 
 def target_weight(mask: Tensor, num_classes: int, class_weights: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -19,11 +19,11 @@ def target_weight(mask: Tensor, num_classes: int, class_weights: Tensor | None) 
     mask: (N, H, W) uint8 or int64; class_weights: (K,) float32 or None.
     Returns fp32 and int64 scalars on the mask's device, without a host synchronisation.
     """
-    valid = mask < num_classes
+    valid = (mask >= 0) & (mask < num_classes) & (mask != IGNORE)
     out_of_range = (~valid & (mask != IGNORE)).sum()
     if class_weights is None:
         return valid.sum().float(), out_of_range
-    return class_weights[mask.long().clamp(max=num_classes - 1)].mul(valid).sum(), out_of_range
+    return class_weights[mask.long().clamp(0, num_classes - 1)].mul(valid).sum(), out_of_range
 
 
 def cross_entropy_sum(
@@ -40,12 +40,16 @@ def cross_entropy_sum(
     With class weights w and smoothing e a pixel of class y adds (1 - e) w_y nll_y + e / K sum_c w_c nll_c, as
     torch.nn.functional.cross_entropy does. A mask without a label gives 0 with gradient 0.
     """
-    num_classes = logits.shape[1]
-    full = F.interpolate(logits.float(), size=mask.shape[-2:], mode="bilinear", align_corners=align_corners)
-    target = torch.where(mask < num_classes, mask, IGNORE).long()
-    return F.cross_entropy(
-        full, target, class_weights, ignore_index=IGNORE, label_smoothing=label_smoothing, reduction="sum"
+    loss, _, _ = upsample_cross_entropy(
+        logits,
+        mask,
+        weight=class_weights,
+        ignore_index=IGNORE,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+        align_corners=align_corners,
     )
+    return loss
 
 
 def mean_loss(loss_sum: Tensor, weight: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
-from .ops import confusion_matrix
+from .ops import confusion_matrix, upsample_confusion_matrix
 
 
 class SegmentationMetrics:
@@ -35,7 +35,16 @@ class SegmentationMetrics:
 
     def update(self, prediction: Tensor, mask: Tensor) -> None:
         """Count `prediction` against the truth `mask`, integers of one shape; a truth of 255 is left out."""
-        counts, out_of_range = confusion_matrix(prediction, mask, self.num_classes)
+        self.add(*confusion_matrix(prediction, mask, self.num_classes))
+
+    def update_from_logits(self, logits: Tensor, mask: Tensor, *, align_corners: bool = False) -> None:
+        """The same for the argmax of logits (N, K, h, w) upsampled to the size of mask (N, H, W)."""
+        self.add(*upsample_confusion_matrix(logits, mask, align_corners=align_corners))
+
+    def add(self, counts: Tensor, out_of_range: Tensor) -> None:
+        """What an op has counted, or another process."""
+        if counts.shape != self.counts.shape:
+            raise ValueError(f"counts are {tuple(counts.shape)}; expected {tuple(self.counts.shape)}")
         self.counts += counts
         self.out_of_range += out_of_range
 

@@ -94,7 +94,7 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
     count = min(run.sample_count, len(dataset))
     shown = {round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}
 
-    def each(index: int, prediction: Tensor) -> None:
+    def progress() -> None:
         stop.check()
         seen.update()
 
@@ -108,7 +108,7 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
             channels_last=run.channels_last,
             workers=training.config.data.workers,
             keep=shown,
-            each=each,
+            progress=progress,
         )
     record.validation(training.step, metrics, samples)
     training.validated_step = training.step

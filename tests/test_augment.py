@@ -263,5 +263,5 @@ def test_prepare_leaves_its_input_alone_under_autocast():
 
 
 def test_prepare_wants_colour_on_the_cpu():
-    with pytest.raises(ValueError, match="colour is on meta; prepare reads it on the CPU"):
+    with pytest.raises(ValueError, match="colour is on meta; expected it on the CPU, where it is read"):
         prepare(images(), torch.ones(3, 4, device="meta"), dtype=torch.float32)

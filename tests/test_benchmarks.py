@@ -61,9 +61,30 @@ def test_share_is_of_a_copy_of_the_same_size_in_the_same_rounds(results, monkeyp
     path = ratios.save(groups, {"copy_gb_s": 1000.0}, CPU, keeps_freed_memory=False)
     about = json.loads(path.read_text())
     assert sizes == [4000]
-    assert about["results"]["op"]["copy"] == {"median_ms": 0.001, "ratio": 0.25, "gb_s": 4.0, "share_of_copy": 1.0}
+    copy = about["results"]["op"]["copy"]
+    assert {key: copy[key] for key in ("median_ms", "ratio", "gb_s", "share_of_copy")} == {
+        "median_ms": 0.001,
+        "ratio": 0.25,
+        "gb_s": 4.0,
+        "share_of_copy": 1.0,
+    }
+    assert copy["cold_ms"] == 0.001
     assert about["results"]["op"]["native"]["share_of_copy"] == 0.25
     assert about["keeps_freed_memory"] is False
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is Linux's")
+def test_peak_is_what_a_call_needs_at_once():
+    megabyte = 1 << 20
+
+    def three_in_turn() -> None:
+        for _ in range(3):
+            torch.ones(16 * megabyte, dtype=torch.uint8)
+
+    peak = ratios.peak_bytes(lambda: torch.ones(32 * megabyte, dtype=torch.uint8), CPU)
+    assert 31 * megabyte <= peak < 34 * megabyte
+    peak = ratios.peak_bytes(three_in_turn, CPU)
+    assert 15 * megabyte <= peak < 18 * megabyte
 
 
 def test_commit_says_whether_the_tree_has_changes(results):

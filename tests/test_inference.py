@@ -22,6 +22,8 @@ CPU = torch.device("cpu")
 class Pixelwise(nn.Module):
     """A 1x1 convolution: its answer for a pixel does not depend on the window that the pixel is seen in."""
 
+    align_corners = False
+
     def __init__(self, classes: int = 5) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
@@ -29,6 +31,9 @@ class Pixelwise(nn.Module):
         self.conv.weight.data = torch.randn(classes, 3, 1, 1, generator=generator)
         self.conv.bias.data = torch.randn(classes, generator=generator)
         self.seen: list[tuple[int, int]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predict_logits(x)
 
     def predict_logits(self, x: Tensor) -> Tensor:
         self.seen.append(tuple(x.shape[-2:]))
@@ -38,9 +43,14 @@ class Pixelwise(nn.Module):
 class Edgy(nn.Module):
     """Is surer of class 1 on the window's first column or row than of class 0 everywhere else."""
 
+    align_corners = False
+
     def __init__(self, axis: int) -> None:
         super().__init__()
         self.axis = axis
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predict_logits(x)
 
     def predict_logits(self, x: Tensor) -> Tensor:
         logits = x.new_zeros(1, 2, *x.shape[-2:])
@@ -122,20 +132,31 @@ def test_bad_windows_are_named(options, text):
 class Failing(nn.Module):
     """Raises what `fail` raises."""
 
+    align_corners = False
+
     def __init__(self, fail: Callable[[], object]) -> None:
         super().__init__()
         self.fail = fail
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.predict_logits(x)
 
     def predict_logits(self, x: Tensor) -> Tensor:
         self.fail()
         raise AssertionError("nothing was raised")
 
 
+def raise_kernel_out_of_memory() -> None:
+    raise MemoryError("std::bad_alloc")
+
+
 def raise_gpu_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-@pytest.mark.parametrize("fail", [lambda: torch.empty(2**60, dtype=torch.uint8), raise_gpu_out_of_memory])
+@pytest.mark.parametrize(
+    "fail", [lambda: torch.empty(2**60, dtype=torch.uint8), raise_gpu_out_of_memory, raise_kernel_out_of_memory]
+)
 @pytest.mark.parametrize(
     ("window", "pieces"), [(None, "in one piece"), ((9, 9), "in one piece"), ((4, 8), r"in windows of 8 x 4")]
 )
@@ -198,6 +219,16 @@ def test_evaluate_dataset_scores_and_keeps_samples():
     for image, truth, prediction in kept:
         assert image.dtype == truth.dtype == prediction.dtype == np.uint8
         assert (truth[0] == 255).all() and (truth[1:] == prediction[1:]).all()
+
+
+def test_evaluate_dataset_makes_no_label_map_that_nobody_asks_for(monkeypatch):
+    expected, _ = evaluate_dataset(Pixelwise(), Toy(), device=CPU, workers=0, each=lambda *_: None)
+    dataset, seen = Toy(), []
+    samples = [dataset.load(index) for index in range(len(dataset))]
+    monkeypatch.setattr(dataset, "load", lambda index: samples[index])
+    monkeypatch.setattr(inference, "upsample_argmax", None)
+    result, kept = evaluate_dataset(Pixelwise(), dataset, device=CPU, workers=0, progress=lambda: seen.append(1))
+    assert result == expected and len(seen) == len(dataset) and not kept
 
 
 def test_evaluate_dataset_without_truth_is_an_error():

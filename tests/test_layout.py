@@ -56,8 +56,16 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(prefix + ".")
 
 
+def registered_by(op: str) -> set[str]:
+    """What an op's file registers: the op, and what its gradient or its training form is made of."""
+    longer = {other for other in OPS if other.startswith(f"{op}_")}
+    names = {name for name in dispatch.OPS if name == op or name.startswith(f"{op}_")}
+    return {name for name in names if not any(name == other or name.startswith(f"{other}_") for other in longer)}
+
+
 def test_every_op_is_registered():
-    assert set(dispatch.OPS) == OPS
+    assert set(dispatch.OPS) >= OPS
+    assert set(dispatch.OPS) == set().union(*map(registered_by, OPS))
 
 
 @pytest.mark.parametrize("op", sorted(OPS))
@@ -116,11 +124,11 @@ def test_import_brings_in_no_kernel():
     assert not kernels
 
 
-def test_csrc_knows_no_torch_and_only_the_module_knows_python():
+def test_csrc_knows_no_torch_and_only_the_bindings_know_python():
     for path in (ROOT / "csrc").rglob("*.*"):
         includes = re.findall(r'#include [<"]([^>"]+)', path.read_text())
         assert not [name for name in includes if name.startswith(("torch/", "ATen/", "c10/"))], path
-        if path.name != "module.cpp":
+        if path.parent.name != "bind" and path.name != "module.cpp":
             assert not [name for name in includes if name.startswith(("pybind11/", "Python.h"))], path
 
 

@@ -88,3 +88,12 @@ def test_labels_that_are_no_class_are_left_out_and_counted():
     weight, out_of_range = target_weight(mask, 5, None)
     assert out_of_range.item() == 4
     assert weight.item() == (clean != 255).sum().item()
+
+
+@pytest.mark.parametrize("class_weights", [None, torch.tensor([1.0, 2.0, 4.0])])
+def test_weight_and_loss_agree_on_what_is_a_label(class_weights):
+    mask = torch.tensor([[[0, 1, 2, 255], [-1, 3, 300, 1]]])
+    weight, out_of_range = target_weight(mask, 3, class_weights)
+    assert weight == (4 if class_weights is None else 1 + 2 + 4 + 2) and out_of_range == 3
+    loss = cross_entropy_sum(torch.zeros(1, 3, 2, 4), mask, class_weights=class_weights)
+    torch.testing.assert_close(loss, weight * torch.log(torch.tensor(3.0)))

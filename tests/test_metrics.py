@@ -76,3 +76,19 @@ def test_table_names_every_class_and_says_absent():
     assert rows["road"] == ["0.5000", "0.6667", "6"]
     assert rows["traffic light"] == ["0.0000", "absent", "0"]
     assert rows["train"] == ["absent", "absent", "0"]
+
+
+def test_counts_of_another_number_of_classes_are_refused():
+    metrics = SegmentationMetrics(3)
+    with pytest.raises(ValueError, match=r"counts are \(1, 1\); expected \(3, 3\)"):
+        metrics.update_from_logits(torch.zeros(1, 1, 4, 4), torch.zeros(1, 8, 8, dtype=torch.uint8))
+
+
+def test_logits_count_as_their_label_map():
+    logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    mask = torch.randint(0, 3, (2, 16, 20), generator=torch.Generator().manual_seed(1)).byte()
+    ours, plain = SegmentationMetrics(3), SegmentationMetrics(3)
+    ours.update_from_logits(logits, mask)
+    full = torch.nn.functional.interpolate(logits, size=(16, 20), mode="bilinear")
+    plain.update(full.argmax(1), mask)
+    assert torch.equal(ours.counts, plain.counts)

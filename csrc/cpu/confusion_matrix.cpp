@@ -1,90 +1,19 @@
 // Confusion matrix of two label maps: one reading of both, private tables per thread where they are small.
 //
-// Label maps are made of runs, so a block whose pixels are all alike costs one addition. In a mixed block the
-// bins are computed with vector instructions and counted one by one in turn over several tables: one table
-// alone would stall on its own last store wherever neighbours are equal.
-//
 // Compiled once per instruction set into the namespace ISA. Everything else has internal linkage and no
 // inline function of the standard library is used: the linker would keep one copy for all instruction sets.
 
+#include "confusion_matrix.h"
+
 #include <cstdlib>
 
-#include "kernels.h"
-
-#ifdef __AVX2__
-#include <immintrin.h>
-#endif
+#include "count_pixels.h"
 
 namespace {
 
-constexpr int kBlock = 64;                     // pixels
 constexpr int64_t kPixelsPerThread = 1 << 15;  // less is not worth waking a thread
-constexpr int kAhead = 4 * kBlock;
-constexpr int kTables = 4;
-constexpr int kFewRuns = 20;                 // in a block: from there on single pixels are faster
-constexpr int64_t kLargestTables = 1 << 18;  // bytes: more than that leaves the second-level cache
-constexpr int64_t kPrivateTables = 1 << 26;  // bytes, of all threads together
-
-// The counting of a mixed block fills the reorder buffer, so that no load of the next one would start early.
-template <class T>
-void prefetch(const T* block) {
-#ifdef __GNUC__
-    const char* line = reinterpret_cast<const char*>(block);
-    for (size_t i = 0; i < kBlock * sizeof(T); i += 64) __builtin_prefetch(line + i);
-#endif
-}
-
-template <class P, class T>
-bool uniform(const P* prediction, const T* target) {
-    const P p = prediction[0];
-    const T t = target[0];
-    P other_p = 0;
-    T other_t = 0;
-    for (int i = 0; i < kBlock; ++i) {
-        other_p = static_cast<P>(other_p | (prediction[i] ^ p));
-        other_t = static_cast<T>(other_t | (target[i] ^ t));
-    }
-    return other_p == 0 && other_t == 0;
-}
-
-#ifdef __AVX2__
-// Bit j is set where a run ends: where bin[j + 1] differs, and always at the last pixel.
-uint64_t run_ends(const uint32_t* bin) {
-    uint64_t ends = 0;
-#ifdef __AVX512F__
-    for (int j = 0; j < kBlock; j += 16) {
-        const __mmask16 differs =
-            _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(bin + j), _mm512_loadu_si512(bin + j + 1));
-        ends |= static_cast<uint64_t>(differs) << j;
-    }
-#else
-    for (int j = 0; j < kBlock; j += 8) {
-        const __m256i here = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bin + j));
-        const __m256i next = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bin + j + 1));
-        const int equal = _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(here, next)));
-        ends |= static_cast<uint64_t>(static_cast<uint8_t>(~equal)) << j;
-    }
-#endif
-    return ends | uint64_t{1} << (kBlock - 1);
-}
-#endif
-
-// bin: (kBlock + 1), of which the last only has to be readable
-void count_mixed(const uint32_t* bin, int64_t* const* table) {
-#ifdef __AVX2__
-    uint64_t ends = run_ends(bin);
-    if (__builtin_popcountll(ends) < kFewRuns) {
-        for (int begin = 0; ends != 0; ends &= ends - 1) {
-            const int last = __builtin_ctzll(ends);
-            table[0][bin[last]] += last + 1 - begin;
-            begin = last + 1;
-        }
-        return;
-    }
-#endif
-    for (int j = 0; j < kBlock; j += kTables)
-        for (int i = 0; i < kTables; ++i) ++table[i][bin[j + i]];
-}
+constexpr int64_t kLargestTables = 1 << 18;    // bytes: more than that leaves the second-level cache
+constexpr int64_t kPrivateTables = 1 << 26;    // bytes, of all threads together
 
 // One pixel after another into (K, K) counts that have no bins for pixels out of range or ignored.
 template <class P, class T>
@@ -115,23 +44,7 @@ void count(const ConfusionArgs& args, int64_t begin, int64_t end, int64_t* table
     int64_t* table[kTables];
     for (int i = 0; i < kTables; ++i) table[i] = tables + (i % table_count) * bins;
 
-    int64_t i = begin;
-    for (; i + kBlock <= end; i += kBlock) {
-        const int64_t last = i + kBlock - 1;
-        if (prediction[i] == prediction[last] && target[i] == target[last] &&
-            uniform(prediction + i, target + i)) {
-            table[0][confusion_bin(prediction[i], target[i], classes, has_ignore, ignore)] += kBlock;
-            continue;
-        }
-        prefetch(prediction + i + kAhead);
-        prefetch(target + i + kAhead);
-        uint32_t bin[kBlock + 1];
-        bin[kBlock] = 0;
-        for (int j = 0; j < kBlock; ++j)
-            bin[j] = confusion_bin(prediction[i + j], target[i + j], classes, has_ignore, ignore);
-        count_mixed(bin, table);
-    }
-    for (; i < end; ++i) ++table[0][confusion_bin(prediction[i], target[i], classes, has_ignore, ignore)];
+    count_pixels(prediction + begin, target + begin, end - begin, classes, has_ignore, ignore, table);
 }
 
 using Count = void(const ConfusionArgs&, int64_t, int64_t, int64_t*, int);

@@ -1,17 +1,44 @@
-// The CPU kernels, declared once for every instruction set that they are compiled for.
+// How a CPU kernel is declared once for every instruction set that it is compiled for, and how one is picked.
+//
+// csrc/cpu/<op>.h declares:  DECLARE_CPU_KERNEL(confusion_matrix, bool(const ConfusionArgs& args, int
+// threads)) csrc/cpu/<op>.cpp defines: namespace ISA { bool confusion_matrix(...) {...} } csrc/bind/<op>.cpp
+// calls:  CPU_KERNEL(confusion_matrix)(args, threads)
 #pragma once
 
-#include "../confusion_matrix.h"
+enum class InstructionSet { portable, avx2, avx512 };
 
-// Adds to args.counts and args.out_of_range with at most `threads` threads. False: out of memory.
-using ConfusionMatrixKernel = bool(const ConfusionArgs& args, int threads);
+// The one in use: the best of this processor, or what a test asked for. Defined in module.cpp.
+InstructionSet instruction_set();
 
-#define DECLARE_CPU_KERNELS(isa)                   \
-    namespace isa {                                \
-    extern ConfusionMatrixKernel confusion_matrix; \
+#define DECLARE_CPU_KERNEL(name, ...)   \
+    namespace cpu_kernel_types {        \
+    using name = __VA_ARGS__;           \
+    }                                   \
+    namespace portable {                \
+    extern cpu_kernel_types::name name; \
+    }                                   \
+    namespace avx2 {                    \
+    extern cpu_kernel_types::name name; \
+    }                                   \
+    namespace avx512 {                  \
+    extern cpu_kernel_types::name name; \
     }
 
-DECLARE_CPU_KERNELS(portable)
-DECLARE_CPU_KERNELS(avx2)
-DECLARE_CPU_KERNELS(avx512)
-#undef DECLARE_CPU_KERNELS
+template <class Kernel>
+Kernel* pick_cpu_kernel(Kernel* for_portable, Kernel* for_avx2, Kernel* for_avx512) {
+    switch (instruction_set()) {
+        case InstructionSet::avx512:
+            return for_avx512;
+        case InstructionSet::avx2:
+            return for_avx2;
+        case InstructionSet::portable:
+            break;
+    }
+    return for_portable;
+}
+
+#ifdef WITH_X86_KERNELS
+#define CPU_KERNEL(name) (*pick_cpu_kernel(portable::name, avx2::name, avx512::name))
+#else
+#define CPU_KERNEL(name) (*portable::name)
+#endif

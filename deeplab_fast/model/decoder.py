@@ -6,7 +6,8 @@ import itertools
 
 from torch import Tensor, nn
 
-from .layers import ConvNormAct, conv3x3, upsample_concat
+from ..ops import upsample_concat
+from .layers import ConvNormAct, conv3x3
 
 
 class Decoder(nn.Module):
@@ -38,4 +39,4 @@ class Decoder(nn.Module):
         self.align_corners = align_corners
 
     def forward(self, x: Tensor, low_level: Tensor) -> Tensor:
-        return self.refinements(upsample_concat(x, self.low_level(low_level), self.align_corners))
+        return self.refinements(upsample_concat(x, self.low_level(low_level), align_corners=self.align_corners))

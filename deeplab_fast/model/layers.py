@@ -1,7 +1,7 @@
-"""The layers that backbones, ASPP and decoder are made of.
+"""The layers that backbones, ASPP and decoder are made of, on the ops where these have a kernel.
 
-Each keeps its convolutions and norms as children and reads them at every call, so that hooks, conversions and
-parametrisations of those children hold.
+Each keeps its convolutions and norms as children and reads them at every call. A child that is not exactly the plain
+type, or that has a hook, is called as it is, so that conversions, parametrisations and hooks hold.
 """
 
 from __future__ import annotations
@@ -11,23 +11,137 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
-from .norm import make_conv, make_norm, relu
+from .. import ops
+from .norm import FrozenBatchNorm2d, make_conv, make_norm
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    # In place: no normalisation needs its own output for its gradient.
+    "relu": lambda x: F.relu(x, inplace=True),
+    "relu6": lambda x: F.relu6(x, inplace=True),
+}
 
 
-def conv_norm_act(x: Tensor, conv: nn.Module, norm: nn.Module, act: Callable[[Tensor], Tensor] = relu) -> Tensor:
-    """act(norm(conv(x))): (N, C, H, W) -> (N, C', H', W')."""
-    return act(norm(conv(x)))
+def conv_norm_act(
+    x: Tensor, conv: nn.Module, norm: nn.Module, activation: str = "relu", residual: Tensor | None = None
+) -> Tensor:
+    """activation(norm(conv(x)) + residual): (N, C, H, W) -> (N, C', H', W'); residual as the result."""
+    if _is_fast_depthwise(x, conv) and _is_plain_batch_norm(norm):
+        step = {"stride": conv.stride[0], "dilation": conv.dilation[0]}
+        if _uses_batch(norm):
+            y, mean, var = ops.depthwise_conv_statistics(x, conv.weight, **step)
+            return _normalise(y, mean, var, norm, activation, residual)
+        if residual is None and not _learns(norm):
+            scale, shift = _affine(norm)
+            return ops.depthwise_conv(x, conv.weight, scale, shift, activation=activation, **step)
+    return norm_act(convolve(x, conv), norm, activation, residual)
+
+
+def convolve(x: Tensor, conv: nn.Module) -> Tensor:
+    """conv(x): (N, C, H, W) -> (N, C', H', W')."""
+    if _is_fast_depthwise(x, conv):
+        return ops.depthwise_conv(x, conv.weight, stride=conv.stride[0], dilation=conv.dilation[0])
+    return conv(x)
+
+
+def norm_act(x: Tensor, norm: nn.Module, activation: str = "relu", residual: Tensor | None = None) -> Tensor:
+    """activation(norm(x) + residual): (N, C, H, W) -> the same. May write into x where the norm is no plain one."""
+    alike = residual is None or residual.dtype == x.dtype
+    if alike and ops.has_kernel("batch_norm_act", x) and _is_plain_batch_norm(norm):
+        x = x.contiguous(memory_format=torch.channels_last)  # once for all that follows
+        if _uses_batch(norm):
+            mean, var = ops.batch_norm_statistics(x)
+            return _normalise(x, mean, var, norm, activation, residual)
+        if not _learns(norm):
+            return ops.batch_norm_act_inference(x, *_affine(norm), residual, activation=activation)
+    y = norm(x)
+    if y is x:  # an Identity in the norm's place: not to be written into
+        y = y.clone()
+    return ACTIVATIONS[activation](y if residual is None else y.add_(residual))
+
+
+def _normalise(
+    x: Tensor, mean: Tensor, var: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None
+) -> Tensor:
+    """Batch norm in training with the statistics of x, which also move the running ones, as nn.BatchNorm2d does."""
+    count = x.numel() // x.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        if count:  # an empty batch has no statistics
+            share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
+            norm.running_mean.lerp_(mean, share)
+            norm.running_var.lerp_(var * (count / (count - 1)), share)
+    return ops.batch_norm_act(x, mean, var, norm.weight, norm.bias, residual, eps=norm.eps, activation=activation)
+
+
+def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """fp32 (C,) scale and shift that batch norm with running statistics comes to."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def is_plain(module: nn.Module, *types: type) -> bool:
+    """Exactly one of these types, without a hook that its call would run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in types and "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
+
+
+def _is_fast_depthwise(x: Tensor, conv: nn.Module) -> bool:
+    return ops.has_kernel("depthwise_conv", x) and _is_plain_depthwise(conv)
+
+
+def _is_plain_depthwise(conv: nn.Module) -> bool:
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.groups == conv.in_channels == conv.out_channels
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.kernel_size[0] % 2 == 1
+        and conv.stride[0] == conv.stride[1]
+        and conv.dilation[0] == conv.dilation[1]
+        and conv.padding == (conv.dilation[0] * (conv.kernel_size[0] // 2),) * 2
+        and conv.padding_mode == "zeros"
+        and conv.bias is None
+    )
+
+
+def _is_plain_pointwise(conv: nn.Module) -> bool:
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.kernel_size == conv.stride == (1, 1)
+        and conv.padding in ((0, 0), 0)
+        and conv.groups == 1
+        and conv.bias is None
+    )
+
+
+def _is_plain_batch_norm(norm: nn.Module) -> bool:
+    return (
+        is_plain(norm, nn.BatchNorm2d, FrozenBatchNorm2d)
+        and norm.affine
+        and norm.track_running_stats
+        and norm.running_mean is not None
+        and norm.num_batches_tracked is not None
+        and norm.weight.dtype == norm.running_mean.dtype == torch.float32
+    )
+
+
+def _uses_batch(norm: nn.BatchNorm2d) -> bool:
+    """Whether the statistics are those of the batch."""
+    return norm.training
+
+
+def _learns(norm: nn.BatchNorm2d) -> bool:
+    """Whether scale and shift want gradients although the statistics are frozen: the plain path's business."""
+    return torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad)
 
 
 def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """Bilinear: (N, C, h, w) -> (N, C, *size)."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=align_corners)
-
-
-def upsample_concat(x: Tensor, skip: Tensor, align_corners: bool) -> Tensor:
-    """x (N, C, h, w) resized to the size of skip (N, C', H, W), then both: (N, C + C', H, W)."""
-    return torch.cat([resize(x, skip.shape[-2:], align_corners), skip], dim=1)
 
 
 class ConvNormAct(nn.Module):
@@ -57,9 +171,40 @@ class SeparableConv(nn.Module):
         self.norm = make_norm(norm, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm = self.depthwise_norm
-        x = self.depthwise(x) if norm is None else conv_norm_act(x, self.depthwise, norm)
+        if self._folds(x):
+            first, second = self.depthwise_norm, self.norm
+            scale, shift = (None, None) if first is None else _affine(first)
+            last_scale, last_shift = _affine(second)
+            return ops.separable_conv(
+                x,
+                self.depthwise.weight,
+                self.pointwise.weight,
+                depthwise_scale=scale,
+                depthwise_shift=shift,
+                depthwise_activation="none" if first is None else "relu",
+                scale=last_scale,
+                shift=last_shift,
+                activation="relu",
+                dilation=self.depthwise.dilation[0],
+                stride=self.depthwise.stride[0],
+            )
+        if self.depthwise_norm is not None:
+            x = conv_norm_act(x, self.depthwise, self.depthwise_norm)
+        else:
+            x = convolve(x, self.depthwise)
         return conv_norm_act(x, self.pointwise, self.norm)
+
+    def _folds(self, x: Tensor) -> bool:
+        """Whether the whole layer is one op: nothing asks for a gradient, and the norms are running ones."""
+        norms = [norm for norm in (self.depthwise_norm, self.norm) if norm is not None]
+        return (
+            not torch.is_grad_enabled()
+            and ops.has_kernel("separable_conv", x)
+            and _is_plain_depthwise(self.depthwise)
+            and self.depthwise.kernel_size == (3, 3)
+            and _is_plain_pointwise(self.pointwise)
+            and all(_is_plain_batch_norm(norm) and not _uses_batch(norm) for norm in norms)
+        )
 
 
 def conv3x3(

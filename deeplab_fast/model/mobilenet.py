@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .layers import conv_norm_act
-from .norm import make_conv, make_norm, relu6
+from .layers import conv_norm_act, is_plain
+from .norm import make_conv, make_norm
 
 # Expansion, channels, blocks, stride of the first block (MobileNetV2, table 2).
 STAGES = (
@@ -34,7 +34,7 @@ class ConvNormRelu6(nn.Sequential):
     """Convolution ("0"), norm ("1"), ReLU6."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_norm_act(x, self[0], self[1], relu6)
+        return conv_norm_act(x, self[0], self[1], "relu6")
 
 
 def conv_norm_relu6(norm: str, in_channels: int, out_channels: int, kernel: int, **conv: int) -> ConvNormRelu6:
@@ -67,7 +67,14 @@ class InvertedResidual(nn.Module):
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).add_(x) if self.residual else self.conv(x)
+        residual = x if self.residual else None
+        if not is_plain(self.conv, nn.Sequential):
+            y = self.conv(x)
+            return y if residual is None else y + residual
+        *layers, conv, norm = self.conv
+        for layer in layers:
+            x = layer(x)
+        return conv_norm_act(x, conv, norm, "none", residual)
 
 
 class MobileNetV2(nn.Module):

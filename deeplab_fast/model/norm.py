@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORMS = ("batch", "sync_batch", "frozen_batch", "group")
@@ -89,13 +88,3 @@ def make_conv(
         groups=groups,
         bias=False,
     )
-
-
-def relu(x: Tensor) -> Tensor:
-    """ReLU in place: no normalisation needs its own output for its gradient."""
-    return F.relu(x, inplace=True)
-
-
-def relu6(x: Tensor) -> Tensor:
-    """min(max(x, 0), 6) in place."""
-    return F.relu6(x, inplace=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import conv_norm_act
-from .norm import make_conv, make_norm, relu
+from .layers import conv_norm_act, is_plain
+from .norm import make_conv, make_norm
 
 
 class BasicBlock(nn.Module):
@@ -24,8 +24,7 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1)
-        y = self.bn2(self.conv2(y))
-        return relu(y.add_(x if self.downsample is None else self.downsample(x)))
+        return conv_norm_act(y, self.conv2, self.bn2, residual=apply_shortcut(self.downsample, x))
 
 
 class Bottleneck(nn.Module):
@@ -46,8 +45,7 @@ class Bottleneck(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = conv_norm_act(x, self.conv1, self.bn1)
         y = conv_norm_act(y, self.conv2, self.bn2)
-        y = self.bn3(self.conv3(y))
-        return relu(y.add_(x if self.downsample is None else self.downsample(x)))
+        return conv_norm_act(y, self.conv3, self.bn3, residual=apply_shortcut(self.downsample, x))
 
 
 def shortcut(norm: str, in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
@@ -55,6 +53,15 @@ def shortcut(norm: str, in_channels: int, out_channels: int, stride: int) -> nn.
     if stride == 1 and in_channels == out_channels:
         return None
     return nn.Sequential(make_conv(norm, in_channels, out_channels, 1, stride=stride), make_norm(norm, out_channels))
+
+
+def apply_shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
+    """The other summand of a block: x itself, or what the shortcut's convolution and norm make of it."""
+    if downsample is None:
+        return x
+    if is_plain(downsample, nn.Sequential) and len(downsample) == 2:
+        return conv_norm_act(x, downsample[0], downsample[1], "none")
+    return downsample(x)
 
 
 def beta_stem(norm: str) -> nn.Sequential:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from . import dispatch, native
 
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc: LabelType
 LARGEST_NUM_CLASSES = 32_768  # a bin is a 32-bit number
 
 
@@ -51,7 +50,7 @@ def confusion_matrix(
     Raises ValueError on shapes, dtypes and devices, UserError where a named backend cannot run.
     """
     for name, labels in (("prediction", prediction), ("target", target)):
-        if labels.dtype not in LABEL_DTYPES:
+        if labels.dtype not in native.LABEL_DTYPES:
             raise ValueError(f"{name} is {labels.dtype}; expected uint8, int8, int16, int32 or int64")
     if prediction.shape != target.shape:
         raise ValueError(
@@ -77,8 +76,8 @@ def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: 
     counts = target.new_zeros((num_classes, num_classes), dtype=torch.int64)
     out_of_range = target.new_zeros((), dtype=torch.int64)
     arguments = (
-        *(prediction.data_ptr(), LABEL_DTYPES.index(prediction.dtype)),
-        *(target.data_ptr(), LABEL_DTYPES.index(target.dtype)),
+        *(prediction.data_ptr(), native.LABEL_DTYPES.index(prediction.dtype)),
+        *(target.data_ptr(), native.LABEL_DTYPES.index(target.dtype)),
         *(target.numel(), num_classes, ignore_index, counts.data_ptr(), out_of_range.data_ptr()),
     )
     if target.is_cuda:

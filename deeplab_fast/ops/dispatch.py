@@ -6,12 +6,14 @@ those measured on the device if there are any; a backend that is named runs or r
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 
@@ -28,11 +30,13 @@ class Backend(NamedTuple):
 
 
 class Op(NamedTuple):
+    call: Callable[..., Any]  # torch.ops.deeplab_fast.<name>
     backends: Mapping[str, Backend]
     example: Callable[[torch.device], tuple[Any, ...]]  # small arguments, for tables of what runs where
 
 
 OPS: dict[str, Op] = {}
+_override: str | None = None  # by `requesting`
 _last: dict[str, str] = {}
 
 
@@ -47,7 +51,6 @@ def register(
 
     The backend is chosen inside the op, at run time, so that a compiled or exported graph names none.
     """
-    OPS[name] = Op(backends, example)
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
 
     def run(*args: Any) -> Any:
@@ -59,7 +62,41 @@ def register(
     for key in ("CPU", "CUDA"):
         LIBRARY.impl(name, run, key)
     torch.library.register_fake(f"deeplab_fast::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.deeplab_fast, name).default
+    call = getattr(torch.ops.deeplab_fast, name).default
+    OPS[name] = Op(call, backends, example)
+    return call
+
+
+def register_autograd(name: str, backward: Callable[..., Any], setup_context: Callable[[Any, Any, Any], None]) -> None:
+    """The gradient of an op, as in `torch.library.register_autograd`; `backward` calls the op's `_backward`."""
+    torch.library.register_autograd(f"deeplab_fast::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def forbid_gradient(name: str, reason: str) -> None:
+    """Make a gradient of this op raise: torch would lose it silently. For ops `_backward`, and for inference's."""
+
+    def raise_reason(*_: Any) -> Any:
+        raise RuntimeError(f"deeplab_fast.{name} {reason}")
+
+    torch.library.register_autograd(f"deeplab_fast::{name}", raise_reason, lib=LIBRARY)
+
+
+def run(name: str, *inputs: Any, backend: str = "auto") -> Any:
+    """What public functions call once they have checked their arguments.
+
+    Where an eager call goes to the reference, torch records its steps and differentiates them: the op's own gradient
+    would have to compute them again. A compiled or exported graph holds the op, unless the device has no kernel for it
+    at all: then the compiler sees the reference's steps.
+    """
+    if torch.compiler.is_compiling():
+        tensor = next(x for x in inputs if isinstance(x, Tensor))
+        inline = backend == "auto" and not torch.compiler.is_exporting() and tensor.device.type == "cuda"
+        if inline and not _has_kernel(name, str(tensor.device), torch.float32):
+            return OPS[name].backends["reference"].run(*inputs)
+    elif choose(name, list(inputs), backend) == "reference":
+        _last[name] = "reference"
+        return OPS[name].backends["reference"].run(*inputs)
+    return OPS[name].call(*inputs, backend)
 
 
 def choose(name: str, inputs: list[Any], backend: str = "auto") -> str:
@@ -82,6 +119,35 @@ def choose(name: str, inputs: list[Any], backend: str = "auto") -> str:
     return (measured or willing)[0]
 
 
+def has_kernel(name: str, x: Tensor) -> bool:
+    """Whether `auto` would run more than the reference on activations like x, for layers that else take torch's own.
+
+    By device and dtype alone: a shape that the kernel declines goes to the op's reference. Layers whose dtype no kernel
+    takes are torch's own, whatever DEEPLAB_FAST_BACKEND names.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return dtype in (torch.float32, torch.bfloat16) and _has_kernel(name, str(x.device), dtype)
+
+
+def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:
+    return _leaves_reference(name, device, dtype)
+
+
+# What torch.compiler.assume_constant_result does; calling that would import torch._dynamo, and triton with it.
+_has_kernel._dynamo_marked_constant = True
+
+
+@functools.cache
+def _leaves_reference(name: str, device: str, dtype: torch.dtype) -> bool:
+    def cast(value: Any) -> Any:
+        """What is per channel stays fp32."""
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(dtype if value.dim() > 1 else torch.float32) if floating else value
+
+    return choose(name, [cast(value) for value in OPS[name].example(torch.device(device))]) != "reference"
+
+
 def explain(name: str, *inputs: Any) -> dict[str, str | None]:
     """For each backend of an op: None where it would run on these inputs, else the reason why not."""
     return {key: entry.why_not(*inputs) for key, entry in OPS[name].backends.items()}
@@ -95,7 +161,25 @@ def last_backend(name: str) -> str | None:
 @functools.cache
 def requested() -> dict[str, str]:
     """DEEPLAB_FAST_BACKEND as {op: backend}; read once, at the first op that runs."""
-    return parse_request(os.environ.get(VARIABLE, ""))
+    return parse_request(os.environ.get(VARIABLE, "") if _override is None else _override)
+
+
+@contextlib.contextmanager
+def requesting(text: str) -> Iterator[None]:
+    """What DEEPLAB_FAST_BACKEND would say, for the scope and all threads: so that one process compares backends."""
+    global _override
+    previous, _override = _override, text
+    _forget()
+    try:
+        yield
+    finally:
+        _override = previous
+        _forget()
+
+
+def _forget() -> None:
+    requested.cache_clear()
+    _leaves_reference.cache_clear()
 
 
 def parse_request(text: str) -> dict[str, str]:

@@ -8,8 +8,14 @@ import importlib.util
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 NOT_BUILT = "deeplab_fast._C is not built"
+FLOAT_DTYPES = (torch.float32, torch.bfloat16)  # csrc/types.h: DType
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc/confusion_matrix.h: LabelType
+ACTIVATIONS = ("none", "relu", "relu6")  # csrc/types.h: Activation
+
+conversions = 0  # how many tensors `channels_last` had to copy in this process
 
 
 @functools.cache
@@ -27,6 +33,29 @@ def kernels() -> ModuleType:
     if module is None:
         raise RuntimeError(NOT_BUILT)
     return module
+
+
+def cpu_why_not(*tensors: Tensor | None) -> str | None:
+    """None where the CPU kernels take these tensors, all of one dtype of FLOAT_DTYPES on the CPU, else the reason."""
+    first = tensors[0]
+    if first.device.type != "cpu":
+        return f"there is no native kernel of it for the device {first.device}"
+    if reason := why_not(first.device):
+        return reason
+    for x in tensors:
+        if x is not None and (x.dtype not in FLOAT_DTYPES or x.dtype != first.dtype):
+            given = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x is not None}))
+            return f"the CPU kernels take float32 or bfloat16, one for all, and got {given}"
+    return None
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x (N, C, H, W) in packed channels-last memory: itself, or a copy that `conversions` counts."""
+    global conversions
+    if x.is_contiguous(memory_format=torch.channels_last):
+        return x
+    conversions += 1
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def why_not(device: torch.device) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from deeplab_fast.errors import UserError
 from deeplab_fast.ops import confusion_matrix, dispatch, native
-from deeplab_fast.ops.confusion_matrix import LABEL_DTYPES
+from deeplab_fast.ops.native import LABEL_DTYPES
 from deeplab_fast.testing import assert_close, backends
 
 OP = "confusion_matrix"

@@ -1,0 +1,105 @@
+"""Separable convolution with folded norms: layers as users write them, and the bare pointwise product, against ours."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.shapes import SEPARABLE, TINY
+from deeplab_fast.ops import dispatch, separable_conv
+from deeplab_fast.ops.separable_conv import separable_conv_reference
+from deeplab_fast.testing import assert_close
+
+OP = "separable_conv"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPILED = {"compile": ("aspp", "decoder", "tiny"), "pad_compile": ("aspp",)}  # and the shapes they run at
+VARIANTS = ["native", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
+if TINY:
+    VARIANTS.append("reference")  # fp32 arithmetic of eager layers: slow at real sizes, and nothing new
+
+
+@functools.cache
+def inputs(name: str, dtype: str, device: torch.device) -> tuple[Tensor, ...]:
+    """x in channels-last memory, both weights, and scale and shift of each norm, in fp32."""
+    (n, c, h, w), m, _ = SEPARABLE[name]
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(n, c, h, w, generator=random)
+    depthwise = torch.randn(c, 1, 3, 3, generator=random) / 3
+    pointwise = torch.randn(m, c, 1, 1, generator=random) / c**0.5
+    norms = [f(k, generator=random) for k in (c, m) for f in (torch.rand, torch.randn)]
+    low = (t.to(device, DTYPES[dtype]) for t in (x, depthwise, pointwise))
+    x, depthwise, pointwise = (t.contiguous(memory_format=torch.channels_last) for t in low)
+    return x, depthwise, pointwise, *(t.to(device) for t in norms)
+
+
+@functools.cache
+def expected(name: str, dtype: str, device: torch.device, *, bare: bool) -> Tensor:
+    """Of the whole op, or of the pointwise product alone, in fp32."""
+    x, depthwise, pointwise, *norms = (t.float() for t in inputs(name, dtype, device))
+    if bare:
+        return torch.einsum("nchw,mc->nmhw", x, pointwise.flatten(1))
+    return separable_conv_reference(
+        x, depthwise, pointwise.flatten(1), *norms[:2], "relu", *norms[2:], "relu", SEPARABLE[name][2]
+    )
+
+
+def layers(x: Tensor, depthwise: Tensor, pointwise: Tensor, *norms: Tensor, dilation: int, pad: bool) -> Tensor:
+    """Two convolutions, two batch norms and two activations; `pad`: the padding is written out first."""
+    padding = 0 if pad else dilation
+    y = F.pad(x, (dilation,) * 4) if pad else x
+    for weight, scale, shift in ((depthwise, *norms[:2]), (pointwise, *norms[2:])):
+        groups = x.shape[1] if weight is depthwise else 1
+        y = F.conv2d(y, weight, None, 1, padding, dilation if weight is depthwise else 1, groups)
+        y = F.relu(F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0))
+        padding = 0
+    return y
+
+
+def runner(name: str, dtype: str, variant: str, device: torch.device) -> Callable[[], Tensor]:
+    tensors = inputs(name, dtype, device)
+    x, depthwise, pointwise, *norms = tensors
+    dilation = SEPARABLE[name][2]
+    if variant == "product":
+        pixels, weight = x.permute(0, 2, 3, 1), pointwise.flatten(1).t().contiguous()
+        return lambda: (pixels @ weight).permute(0, 3, 1, 2)
+    if variant == "product_conv":
+        return lambda: F.conv2d(x, pointwise)
+    if variant in dispatch.OPS[OP].backends:
+        options = {"depthwise_activation": "relu", "activation": "relu", "dilation": dilation, "backend": variant}
+        options |= dict(zip(("depthwise_scale", "depthwise_shift", "scale", "shift"), norms, strict=True))
+        return lambda: separable_conv(x, depthwise, pointwise, **options)
+    if variant == "eager_nchw":
+        tensors = tuple(t.contiguous() for t in tensors)
+    run = torch.compile(layers, dynamic=False) if variant in COMPILED else layers
+    return lambda: run(*tensors, dilation=dilation, pad=variant.startswith("pad"))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SEPARABLE)
+def bench_separable_conv(timed, device, name, dtype, variant):
+    if variant in COMPILED and not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++")
+    if variant in COMPILED and (name not in COMPILED[variant] or (TINY and dtype == "bf16")):
+        pytest.skip("compiling takes longer than all measurements: for some shapes only")
+    x, _, pointwise, *norms = inputs(name, dtype, device)
+    if variant in dispatch.OPS[OP].backends:
+        rest = (*norms[:2], "relu", *norms[2:], "relu", SEPARABLE[name][2], 1)
+        if reason := dispatch.explain(OP, x, inputs(name, dtype, device)[1], pointwise.flatten(1), *rest)[variant]:
+            pytest.skip(reason)
+
+    def check(y: Tensor) -> None:
+        if variant in dispatch.OPS[OP].backends:
+            assert dispatch.last_backend(OP) == variant
+        assert_close(y, expected(name, dtype, device, bare=variant.startswith("product")))
+
+    # x is read and y is written, once; the weights are little beside them.
+    bytes_moved = x.element_size() * (x.numel() + x.numel() // x.shape[1] * pointwise.shape[0])
+    with torch.inference_mode():
+        timed(f"{OP} {name} {dtype}", variant, runner(name, dtype, variant, device), check, bytes_moved)

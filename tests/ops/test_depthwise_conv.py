@@ -1,0 +1,441 @@
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deeplab_fast.errors import UserError
+from deeplab_fast.ops import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics, dispatch, native
+from deeplab_fast.ops.depthwise_conv import (
+    depthwise_conv_rates_reference,
+    depthwise_conv_reference,
+    depthwise_conv_statistics_reference,
+)
+from deeplab_fast.testing import assert_close, backends, tolerances
+
+OP = "depthwise_conv"
+on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
+in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+SHAPES = [
+    (1, 1, 1, 1),
+    (2, 3, 1, 37),  # one row, fewer channels than a vector, several chains of columns
+    (1, 17, 41, 1),  # one column, one channel above a vector
+    (3, 19, 13, 9),
+    (1, 150, 7, 35),
+    (2, 304, 5, 6),
+    (1, 2048, 3, 4),
+    (1, 96, 40, 50),  # enough for several threads
+]
+# kernel, stride, dilation
+GEOMETRIES = [
+    (3, 1, 1),
+    (3, 1, 2),
+    (3, 1, 6),
+    (3, 1, 60),  # larger than any image: only the centre tap is inside
+    (3, 2, 1),
+    (3, 2, 3),
+    (3, 3, 1),  # from here on the code for any kernel and stride
+    (5, 1, 2),
+    (7, 2, 1),
+    (1, 1, 1),
+]
+
+
+def tensors(shape: tuple[int, ...], kernel: int, dtype: torch.dtype, seed: int = 0) -> list[Tensor]:
+    """x, weight, scale and shift; the weight is scaled so that results are of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    c = shape[1]
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weight = (torch.randn(c, 1, kernel, kernel, generator=generator) / kernel).to(dtype)
+    return [x, weight, torch.randn(c, generator=generator), torch.randn(c, generator=generator)]
+
+
+def wide(given: list[Tensor]) -> list[Tensor]:
+    return [tensor.double() for tensor in given]
+
+
+def is_packed(y: Tensor) -> bool:
+    n, c, h, w = y.shape
+    return y.stride() == (c * h * w, 1, w * c, c) and y.is_contiguous(memory_format=torch.channels_last)
+
+
+def check(given: list[Tensor], backend: str, stride: int = 1, dilation: int = 1, activation: str = "none") -> Tensor:
+    y = depthwise_conv(*given, stride=stride, dilation=dilation, activation=activation, backend=backend)
+    assert dispatch.last_backend(OP) == backend
+    assert y.dtype == given[0].dtype
+    assert_close(y, depthwise_conv_reference(*wide(given), stride, dilation, activation))
+    return y
+
+
+def check_statistics(x: Tensor, weight: Tensor, backend: str, stride: int = 1, dilation: int = 1) -> None:
+    y, mean, variance = depthwise_conv_statistics(x, weight, stride=stride, dilation=dilation, backend=backend)
+    assert dispatch.last_backend("depthwise_conv_statistics") == backend
+    assert mean.dtype == variance.dtype == torch.float32
+    assert_close(y, depthwise_conv_reference(x.double(), weight.double(), None, None, stride, dilation))
+    rounded = y.double()
+    assert_close(mean, rounded.mean((0, 2, 3)))
+    assert_close(variance, rounded.var((0, 2, 3), correction=0))
+
+
+@on_each_backend
+@in_each_dtype
+@pytest.mark.parametrize("kernel, stride, dilation", GEOMETRIES)
+def test_matches_reference(backend, device, dtype, kernel, stride, dilation):
+    for shape in SHAPES:
+        given = [t.to(device) for t in tensors(shape, kernel, dtype)]
+        y = check(given, backend, stride, dilation, "relu")
+        assert y.shape == (*shape[:2], -(-shape[2] // stride), -(-shape[3] // stride)) and is_packed(y)
+        check_statistics(*given[:2], backend, stride, dilation)
+
+
+@on_each_backend
+@in_each_dtype
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_affine_and_activation(backend, device, dtype, activation):
+    x, weight, scale, shift = (t.to(device) for t in tensors((2, 33, 9, 11), 3, dtype))
+    for affine in ((None, None), (3 * scale, None), (None, 3 * shift), (3 * scale, 3 * shift)):
+        y = depthwise_conv(x, weight, *affine, activation=activation, backend=backend)
+        expected = depthwise_conv_reference(x.double(), weight.double(), *affine, 1, 1, activation)
+        assert_close(y, expected)
+
+
+@on_each_backend
+@in_each_dtype
+@pytest.mark.parametrize("dilations", [[6, 12, 18], [1], [3, 3]], ids=str)
+def test_rates(backend, device, dtype, dilations):
+    for shape in ((1, 70, 20, 23), (2, 5, 3, 1)):
+        given = [[t.to(device) for t in tensors(shape, 3, dtype, seed)] for seed in range(len(dilations))]
+        x, (weights, scales, shifts) = given[0][0], zip(*(g[1:] for g in given), strict=True)
+        ours = depthwise_conv_rates(
+            x, weights, scales, shifts, dilations=dilations, activation="relu6", backend=backend
+        )
+        assert dispatch.last_backend("depthwise_conv_rates") == backend
+        expected = depthwise_conv_rates_reference(
+            x.double(), wide(weights), wide(scales), wide(shifts), dilations, "relu6"
+        )
+        for y, e in zip(ours, expected, strict=True):
+            assert is_packed(y)
+            assert_close(y, e)
+
+
+@on_each_backend
+@in_each_dtype
+def test_result_larger_than_a_cache(backend, device, dtype):
+    """Written around the cache where lines of it are whole, as they are not with 136 channels."""
+    for channels in (128, 136):
+        given = [t.to(device) for t in tensors((1, channels, 130, 131), 3, dtype)]
+        check(given, backend, dilation=12)
+        check_statistics(*given[:2], backend)
+
+
+@on_each_backend
+@in_each_dtype
+def test_any_strides_and_alignment(backend, device, dtype):
+    x, weight, scale, shift = (t.to(device) for t in tensors((4, 40, 12, 14), 3, dtype))
+    for view in (
+        lambda x: x.contiguous(),
+        lambda x: x.contiguous(memory_format=torch.channels_last)[:, 3:],
+        lambda x: x[:, :, ::2, 1:],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+        lambda x: x.flatten()[1 : 1 + 2 * 20 * 36].view(2, 20, 6, 6).contiguous(memory_format=torch.channels_last),
+        lambda x: torch.as_strided(x, (2, 20, 6, 6), (720, 1, 120, 20), 1),  # packed, not aligned to a vector
+    ):
+        part = view(x)
+        c = part.shape[1]
+        check([part, weight[:c].mT, scale[:c].flip(0), shift[::2][:c] if c <= 20 else shift[:c]], backend, 1, 2)
+
+
+@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+def test_one_conversion_of_the_layout():
+    x, *rest = tensors((2, 6, 5, 5), 3, torch.float32)
+    before = native.conversions
+    depthwise_conv(x, *rest, backend="native")
+    assert native.conversions == before + 1
+    depthwise_conv(x.contiguous(memory_format=torch.channels_last), *rest, backend="native")
+    assert native.conversions == before + 1
+
+
+@on_each_backend
+def test_empty_batch(backend, device):
+    x, weight, scale, shift = (t.to(device) for t in tensors((0, 5, 7, 6), 3, torch.float32))
+    y = check([x, weight, scale, shift], backend, 2)
+    assert y.shape == (0, 5, 4, 3) and is_packed(y)
+    y, mean, variance = depthwise_conv_statistics(x, weight, backend=backend)
+    assert y.shape == x.shape and mean.isnan().all() and variance.isnan().all()
+
+
+@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+@in_each_dtype
+def test_nan_and_infinity_reach_their_neighbours_only(dtype):
+    x, weight, scale, shift = tensors((1, 35, 9, 40), 3, dtype)
+    x[0, 3, 4, 20] = torch.nan
+    x[0, 7, 0, 0] = torch.inf
+    x[0, 34, 8, 39] = -torch.inf
+    x[0, 34, 8, 38] = torch.inf
+    for activation in native.ACTIVATIONS:
+        check_equal_nan([x, weight, scale, shift], activation)
+    weight[5] = torch.nan
+    shift[6] = torch.nan
+    y = depthwise_conv(x, weight, scale, shift, dilation=12, backend="native")
+    assert y[0, 5].isnan().all() and y[0, 6].isnan().all() and not y[0, 4].isnan().any()
+    mean, variance = depthwise_conv_statistics(x, weight, backend="native")[1:]
+    assert mean[3].isnan() and variance[3].isnan() and mean[5].isnan() and variance[7].isnan()
+    assert not mean[[0, 1, 2, 4]].isnan().any()
+
+
+def check_equal_nan(given: list[Tensor], activation: str) -> None:
+    y = depthwise_conv(*given, dilation=2, activation=activation, backend="native")
+    expected = depthwise_conv_reference(*wide(given), 1, 2, activation)
+    assert torch.equal(y.isnan(), expected.isnan()) and expected.isnan().sum() >= 9
+    assert torch.equal(y.isinf(), expected.isinf())
+    assert_close(y[expected.isfinite()], expected[expected.isfinite()])
+
+
+@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+def test_rounds_to_the_nearest_even_bf16_and_keeps_denormals():
+    bits = torch.arange(0, 1 << 16, 7, dtype=torch.int32)
+    scale = (bits << 16 | 0x8000).view(torch.float32)  # ties, and with the next line what lies beside them
+    for values in (scale, (scale.view(torch.int32) + 1).view(torch.float32), scale.nextafter(torch.tensor(0.0))):
+        values = values[values.isfinite()]
+        c = values.numel()
+        x, weight = torch.ones(1, c, 1, 1).bfloat16(), torch.ones(c, 1, 1, 1).bfloat16()
+        y = depthwise_conv(x, weight, values, backend="native")
+        assert torch.equal(y.flatten(), values.bfloat16())
+
+
+@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+@pytest.mark.parametrize("name", ["avx512", "avx2", "portable"])
+@in_each_dtype
+def test_every_instruction_set(name, dtype):
+    module = native.load()
+    if name not in module.instruction_sets():
+        pytest.skip(f"this processor has no kernels for {name}")
+    before = module.instruction_set()
+    module.use_instruction_set(name)
+    try:
+        for kernel, stride, dilation in GEOMETRIES:
+            for shape in SHAPES[:6]:
+                given = tensors(shape, kernel, dtype)
+                check(given, "native", stride, dilation, "relu6")
+                check_statistics(*given[:2], "native", stride, dilation)
+        test_rates("native", "cpu", dtype, [2, 5])
+        test_result_larger_than_a_cache("native", "cpu", dtype)
+        test_nan_and_infinity_reach_their_neighbours_only(dtype)
+    finally:
+        module.use_instruction_set(before)
+
+
+@on_each_backend
+def test_statistics_where_the_mean_is_large(backend, device):
+    x, weight, *_ = (t.to(device) for t in tensors((4, 20, 60, 61), 1, torch.float32))
+    weight = weight.abs().clamp(min=0.1)
+    y, mean, variance = depthwise_conv_statistics(x + 1000, weight, backend=backend)
+    assert_close(mean, y.double().mean((0, 2, 3)))
+    assert_close(variance, y.double().var((0, 2, 3), correction=0))
+
+
+def eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, dilation: int, name: str) -> Tensor:
+    """Each step in x's dtype, as torch users write it."""
+    y = F.conv2d(x, weight, None, stride, dilation, dilation, groups=x.shape[1])
+    y = y * scale[:, None, None].to(x.dtype) + shift[:, None, None].to(x.dtype)
+    return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[name](y)
+
+
+@on_each_backend
+@in_each_dtype
+@pytest.mark.parametrize("stride, dilation, activation", [(1, 2, "relu"), (2, 1, "none"), (1, 12, "relu6")])
+def test_gradient(backend, device, dtype, stride, dilation, activation):
+    """A bf16 gradient is the sum of rounded terms, in eager too: the error may be twice that of eager."""
+    given = [t.to(device) for t in tensors((2, 18, 9, 10), 3, dtype)]
+    given[3] *= 6  # results on both sides of relu6's bounds
+    arguments = (stride, dilation, activation)
+    ours, theirs = ([t.clone().requires_grad_() for t in given] for _ in range(2))
+    exact = [t.double().requires_grad_() for t in given]
+    y = depthwise_conv(*ours, stride=stride, dilation=dilation, activation=activation, backend=backend)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(dtype).to(device)
+    z = depthwise_conv_reference(*exact, stride, dilation).detach()
+    assert (z < 0).any() and (z > 6).any()
+    rtol, atol = tolerances(dtype)
+    grad[torch.minimum(z.abs(), (z - 6).abs()) < 6 * rtol + atol] = 0  # at the bounds rounding decides
+    expected = torch.autograd.grad(depthwise_conv_reference(*exact, *arguments), exact, grad.double())
+    rounded = torch.autograd.grad(eager(*theirs, *arguments), theirs, grad)
+    for a, e, r, like in zip(torch.autograd.grad(y, ours, grad), expected, rounded, given, strict=True):
+        assert a.dtype == like.dtype
+        if dtype == torch.float32:
+            assert_close(a, e)
+        else:
+            assert (a - e).abs().max() <= 2 * (r - e).abs().max() + tolerances(torch.float32)[1]
+    if backend == "native":
+        assert dispatch.last_backend("depthwise_conv_backward") == "native"
+
+
+@on_each_backend
+def test_gradient_of_what_asks_for_one_only(backend, device):
+    x, weight, scale, shift = (t.to(device) for t in tensors((1, 4, 5, 6), 3, torch.float32))
+    weight.requires_grad_()
+    y = depthwise_conv(x, weight, scale, shift, activation="relu", backend=backend)
+    y.sum().backward()
+    assert weight.grad is not None and x.grad is None
+    assert not depthwise_conv(x, weight.detach(), backend=backend).requires_grad
+
+
+@pytest.mark.skipif(native.load() is None, reason="deeplab_fast._C is not built")
+def test_the_kernel_computes_only_the_gradients_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr(native.kernels(), "depthwise_conv_backward_cpu", lambda *args: calls.append(args))
+    x, weight, *_ = tensors((1, 32, 5, 6), 3, torch.float32)
+    for asking in (x, weight):
+        asking.requires_grad_()
+        depthwise_conv(x, weight, backend="native").sum().backward()
+        asking.requires_grad_(False)
+    assert [[address != 0 for address in args[3:5]] for args in calls] == [[True, False], [False, True]]
+
+
+@on_each_backend
+def test_statistics_gradient_goes_through_the_result_alone(backend, device):
+    x, weight, *_ = (t.to(device).requires_grad_() for t in tensors((2, 6, 7, 8), 3, torch.float32))
+    y, mean, variance = depthwise_conv_statistics(x, weight, dilation=2, backend=backend)
+    assert y.requires_grad and not mean.requires_grad and not variance.requires_grad
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected, *_ = depthwise_conv_statistics_reference(*exact, 1, 2)
+    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(device)
+    pairs = zip(torch.autograd.grad(y, (x, weight), grad), torch.autograd.grad(expected, exact, grad), strict=True)
+    for a, e in pairs:
+        assert_close(a, e)
+
+
+def by_position(op: torch._ops.OpOverload, stride: int, dilation: int, activation: str, backend: str, *given: Tensor):
+    return op(*given, stride, dilation, activation, backend)
+
+
+def test_gradcheck():
+    given = [t.double().requires_grad_() for t in tensors((1, 2, 4, 5), 3, torch.float32)]
+    for stride, dilation in ((1, 2), (2, 1)):
+        options = {"stride": stride, "dilation": dilation, "activation": "relu", "backend": "reference"}
+        assert torch.autograd.gradcheck(functools.partial(depthwise_conv, **options), given)
+        # The op's own formula, which compiled graphs take.
+        op = torch.ops.deeplab_fast.depthwise_conv.default
+        assert torch.autograd.gradcheck(functools.partial(by_position, op, *options.values()), given)
+
+
+def test_what_has_no_gradient_raises():
+    x, weight, scale, shift = tensors((1, 4, 5, 6), 3, torch.float32)
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="depthwise_conv_rates has no gradient: it is for inference"):
+        depthwise_conv_rates(x, [weight], [scale], [shift], dilations=[2])
+    with torch.no_grad():
+        depthwise_conv_rates(x, [weight], [scale], [shift], dilations=[2])
+    rates = torch.ops.deeplab_fast.depthwise_conv_rates.default(x, [weight], [scale], [shift], [2], "none", "auto")
+    with pytest.raises(RuntimeError, match="depthwise_conv_rates has no gradient: it is for inference"):
+        rates[0].sum().backward()
+    y = torch.ops.deeplab_fast.depthwise_conv.default(x, weight, scale, shift, 1, 1, "none", "auto")
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="depthwise_conv_backward has no second derivative"):
+        grad.sum().backward()
+
+
+@on_each_backend
+def test_opcheck(backend, device):
+    x, weight, scale, shift = (t.to(device) for t in tensors((2, 5, 6, 7), 3, torch.float32))
+    trained = [t.clone().requires_grad_() for t in (x, weight)]
+    ops = torch.ops.deeplab_fast
+    torch.library.opcheck(ops.depthwise_conv.default, (*trained, scale, shift, 2, 1, "relu", backend))
+    torch.library.opcheck(
+        ops.depthwise_conv.default, (x.bfloat16(), weight.bfloat16(), None, None, 1, 2, "none", backend)
+    )
+    rates = (x, [weight] * 2, [scale] * 2, [shift] * 2, [1, 3], "relu6", backend)
+    torch.library.opcheck(ops.depthwise_conv_rates.default, rates)
+    torch.library.opcheck(ops.depthwise_conv_statistics.default, (*trained, 2, 1, backend))
+
+
+def test_compile_and_export_hold_one_op_and_name_no_backend():
+    class Layer(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
+            y = depthwise_conv(x, weight, scale, shift, dilation=2, activation="relu")
+            with torch.no_grad():
+                rates = depthwise_conv_rates(x.detach(), [weight.detach()], [scale], [shift], dilations=[3])
+            return y, *rates, *depthwise_conv_statistics(x, weight)
+
+    given = tensors((2, 5, 9, 11), 3, torch.float32)
+    for trained in (False, True):
+        given[0].requires_grad_(trained)
+        for a, e in zip(
+            torch.compile(Layer(), backend="aot_eager", fullgraph=True)(*given), Layer()(*given), strict=True
+        ):
+            assert torch.equal(a, e) and a.stride() == e.stride()
+    exported = torch.export.export(Layer(), tuple(t.detach() for t in given))
+    graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    calls = [n for graph in graphs for n in graph.nodes if str(n.target).startswith("deeplab_fast.")]
+    assert sorted(str(c.target).split(".")[1] for c in calls) == [OP, f"{OP}_rates", f"{OP}_statistics"]
+    assert [c.args[-1] for c in calls] == ["auto"] * 3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_repeatable_with_any_number_of_threads(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        x, weight, scale, shift = tensors((2, 70, 45, 46), 3, torch.float32)
+        for call in (
+            lambda: [depthwise_conv(x, weight, scale, shift, dilation=3, activation="relu")],
+            lambda: depthwise_conv_statistics(x, weight, stride=2),
+            lambda: depthwise_conv_rates(x, [weight] * 2, [scale] * 2, [shift] * 2, dilations=[1, 6]),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
+        check([x, weight, scale, shift], "native" if native.load() else "reference", dilation=5)
+        check_statistics(x, weight, "native" if native.load() else "reference", stride=2)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_autocast():
+    x, weight, scale, shift = tensors((1, 4, 5, 6), 3, torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = depthwise_conv(x, weight, scale, shift)
+        raw, mean, _ = depthwise_conv_statistics(x, weight)
+        (rate,) = depthwise_conv_rates(x, [weight], [scale], [shift], dilations=[1])
+    assert y.dtype == raw.dtype == rate.dtype == torch.bfloat16 and mean.dtype == torch.float32
+    assert_close(y, depthwise_conv_reference(*wide([x.bfloat16(), weight.bfloat16(), scale, shift])))
+
+
+def test_other_types_take_the_reference():
+    for dtype in (torch.float16, torch.float64):
+        x, weight, scale, shift = tensors((1, 4, 5, 6), 3, torch.float32)
+        affine = (v.double() if dtype == torch.float64 else v for v in (scale, shift))
+        y = depthwise_conv(x.to(dtype), weight.to(dtype), *affine)
+        assert dispatch.last_backend(OP) == "reference" and y.dtype == dtype
+        with pytest.raises(UserError, match="depthwise_conv cannot run on the backend 'native': "):
+            depthwise_conv(x.to(dtype), weight.to(dtype), backend="native")
+
+
+def test_rejects_bad_input():
+    x, weight, scale, shift = tensors((1, 4, 5, 6), 3, torch.float32)
+    for match, call in {
+        r"x is \(4, 5, 6\) of torch.float32; expected \(N, C, H, W\)": lambda: depthwise_conv(x[0], weight),
+        r"x is .* of torch.int64": lambda: depthwise_conv(x.long(), weight),
+        r"x is \(1, 4, 0, 6\); expected at least one": lambda: depthwise_conv(x[:, :, :0], weight),
+        r"weight is \(3, 1, 3, 3\); expected \(4, 1, k, k\)": lambda: depthwise_conv(x, weight[:3]),
+        r"weight is \(4, 1, 2, 2\); expected .* odd k": lambda: depthwise_conv(x, weight[..., :2, :2]),
+        r"weight is torch.bfloat16 on cpu and x torch.float32": lambda: depthwise_conv(x, weight.bfloat16()),
+        r"scale is \(3,\) on cpu; expected \(4,\)": lambda: depthwise_conv(x, weight, scale[:3]),
+        r"shift is torch.bfloat16; expected torch.float32": lambda: depthwise_conv(x, weight, None, shift.bfloat16()),
+        r"stride is 0; expected at least 1": lambda: depthwise_conv(x, weight, stride=0),
+        r"dilation is -1; expected at least 1": lambda: depthwise_conv_statistics(x, weight, dilation=-1),
+        r"activation is 'gelu'; expected one of none, relu": lambda: depthwise_conv(x, weight, activation="gelu"),
+        r"are 1, 1, 1 and 2 in number": lambda: depthwise_conv_rates(x, [weight], [scale], [shift], dilations=[1, 2]),
+        r"dilations\[1\] is 0": lambda: depthwise_conv_rates(
+            x, [weight] * 2, [scale] * 2, [shift] * 2, dilations=[1, 0]
+        ),
+        r"weights\[0\] is \(2, 1, 3, 3\)": lambda: depthwise_conv_rates(
+            x, [weight[:2]], [scale], [shift], dilations=[1]
+        ),
+    }.items():
+        with pytest.raises(ValueError, match=match):
+            call()
+    with pytest.raises(UserError, match="depthwise_conv has no backend 'triton'; it has native, reference"):
+        depthwise_conv(x, weight, backend="triton")
