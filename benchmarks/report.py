@@ -35,9 +35,12 @@ def tables(about: dict[str, Any]) -> str:
         "",
         *_table(about["results"], "median_ms", "share_of_copy"),
         "",
-        "The same with fresh pages for every result, as in a process that leaves glibc's allocator alone:",
+        "<details><summary>The same with fresh pages for every result, as in a process that leaves glibc's allocator "
+        "alone</summary>",
         "",
         *_table(about["results"], "cold_ms", None),
+        "",
+        "</details>",
     ]
     return "\n".join(lines)
 

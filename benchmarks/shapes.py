@@ -78,7 +78,6 @@ UPSAMPLED_LOGITS_TRAINED = {
     "cityscapes": ((2, 19, 128, 256), (512, 1024)),
     "camvid": ((8, 11, 88, 88), (352, 352)),
     "voc": ((4, 21, 65, 65), (513, 513)),
-    "ade20k": ((4, 150, 128, 128), (512, 512)),
 }
 # Source (H, W), scaled (H, W), window; those of training crops
 CROPS = {

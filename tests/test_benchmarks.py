@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ratios
+from benchmarks import ratios, report
 from deeplab_fast import device
 
 pytest.importorskip("pytest_benchmark")
@@ -113,3 +113,30 @@ def test_an_allocator_that_refuses_is_told_of_and_no_error(conftest, monkeypatch
 
 def test_benchmarks_share_the_commands_allocator_settings(conftest):
     assert conftest.set_allocator is device.set_allocator
+
+
+def test_readme_shows_the_committed_results():
+    about = json.loads(report.DEFAULT.read_text())
+    assert report.committed_tables() == report.tables(about)
+    assert report.DEFAULT.with_suffix(".png").exists()
+
+
+def test_report_writes_tables_and_picture(tmp_path, monkeypatch):
+    rows = {"median_ms": 1.0, "ratio": 1.0, "gb_s": 4.0, "share_of_copy": 0.5, "cold_ms": 2.0, "peak_mb": 1.5}
+    eager = rows | {"median_ms": 3.0, "ratio": 3.1, "cold_ms": 8.0, "peak_mb": 30.0}
+    about = {
+        **{"device": "A CPU", "threads": 2, "versions": {"torch": "2"}, "commit": "abc", "date": "2026-01-01"},
+        **{
+            "roof": {"copy_gb_s": 40.0, "matmul_tflop_s": 0.5},
+            "results": {"op shape fp32": {"native": rows, "eager": eager}},
+        },
+    }
+    (tmp_path / "README.md").write_text("before\n<!-- results -->\nold\n<!-- /results -->\nafter\n")
+    (tmp_path / "a_cpu.json").write_text(json.dumps(about))
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    report.main(str(tmp_path / "a_cpu.json"))
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| op shape fp32 | 1 ms | 3.1 x | 50% | 1.5 / 30 MB |" in text
+    assert "| op shape fp32 | 2 ms | 4 x |" in text  # cold
+    assert (tmp_path / "a_cpu.png").stat().st_size > 1000
