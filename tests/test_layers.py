@@ -61,7 +61,7 @@ def outcome(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dic
 def compare_with_plain(model: nn.Module, x: Tensor, *names: str) -> None:
     """The ops `names` run natively, and output, gradients and buffers are those of the plain network.
 
-    Against fp64, to a few hundredths on the average or twice what the plain network is off in fp32: an activation at
+    Against fp64, to a hundredth on the average or twice what the plain network is off in fp32: an activation at
     its edge falls to the other side, and moves the gradients of all layers before it. A wrong one is wrong by more.
     """
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()
@@ -75,7 +75,7 @@ def compare_with_plain(model: nn.Module, x: Tensor, *names: str) -> None:
     used = [name for name, gradient in exact_gradients.items() if gradient.norm() > 1e-9]  # others are rounding alone
     ours = torch.tensor([relative(gradients[name], exact_gradients[name]) for name in used])
     theirs = torch.tensor([relative(plain_gradients[name], exact_gradients[name]) for name in used])
-    assert ours.max() < 0.3 and ours.mean() < max(0.03, 2 * theirs.mean())
+    assert ours.max() < 0.1 and ours.mean() < max(0.01, 2 * theirs.mean())
     for name, buffer in plain_buffers.items():
         torch.testing.assert_close(buffers[name], buffer, rtol=1e-3, atol=1e-4, msg=name)
 
@@ -84,7 +84,8 @@ def compare_with_plain(model: nn.Module, x: Tensor, *names: str) -> None:
 @pytest.mark.parametrize("order", ["norm_last", "norm_each"])
 def test_training_is_that_of_the_plain_network(backbone, order):
     torch.manual_seed(0)
-    model = randomise(build_model(backbone=backbone, separable_order=order, **SMALL)).train()
+    # Without the pooling branch: batch norm over the two values of two images amplifies rounding a thousandfold.
+    model = randomise(build_model(backbone=backbone, separable_order=order, image_pooling=False, **SMALL)).train()
     depthwise = "depthwise_conv_statistics" if order == "norm_each" else "depthwise_conv"
     names = ("batch_norm_act", "batch_norm_act_statistics", "batch_norm_act_backward_apply", "upsample_concat")
     compare_with_plain(model, batch(2, 3, 65, 49), depthwise, *names)
