@@ -1,7 +1,8 @@
-"""The committed JSON of a device as README's tables and as a bar chart.
+"""The committed JSON of a device as tables and as a bar chart.
 
-python -m benchmarks.report [FILE]   FILE is results/amd_epyc.json where it is left out. Rewrites what stands between
-the marks <!-- results --> and <!-- /results --> in README.md, and draws FILE with the ending .png.
+python -m benchmarks.report [FILE]   FILE is results/amd_epyc.json where it is left out. Writes the table between the
+marks <!-- results --> and <!-- /results --> in README.md, which leaves out some shapes, all of them warm and cold into
+FILE with the ending .md, and draws FILE with the ending .png.
 """
 
 from __future__ import annotations
@@ -25,23 +26,26 @@ COLUMNS = {
 }
 
 
-def tables(about: dict[str, Any]) -> str:
-    """Markdown: warm, then cold."""
+# Shapes that say little more than others of the same op; the .md has them.
+NOT_IN_README = ("voc ", "camvid ", " smooth ", "int64/uint8", "mobilenet 384", "mobilenet_384", "cityscapes jitter")
+
+
+def tables(about: dict[str, Any], *, whole: bool = False) -> str:
+    """Markdown of README; whole: of every shape, warm, then cold."""
+    results = about["results"]
+    if not whole:
+        results = {g: rows for g, rows in results.items() if not any(word in g for word in NOT_IN_README)}
     versions = about["versions"]
     lines = [
         f"{about['device']}, {about['threads']} threads, torch {versions['torch']}, commit {about['commit']}, "
         f"{about['date']}; copy {about['roof']['copy_gb_s']:.0f} GB/s read + write, bf16 product "
         f"{about['roof']['matmul_tflop_s']:.2f} TFLOP/s in the same run. How many times slower than ours each is:",
         "",
-        *_table(about["results"], "median_ms", "share_of_copy"),
-        "",
-        "<details><summary>The same with fresh pages for every result, as in a process that leaves glibc's allocator "
-        "alone</summary>",
-        "",
-        *_table(about["results"], "cold_ms", None),
-        "",
-        "</details>",
+        *_table(results, "median_ms", "share_of_copy"),
     ]
+    if whole:
+        lines += ["", "The same with fresh pages for every result, as where glibc's allocator is left alone:", ""]
+        lines += _table(results, "cold_ms", None)
     return "\n".join(lines)
 
 
@@ -87,13 +91,14 @@ def draw(about: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     variants = {"eager": "#888888", "compile": "#4477aa", "pad": "#cc9944"}
-    groups = {g: rows for g, rows in about["results"].items() if any(v in rows for v in variants)}
+    shown = {g: r for g, r in about["results"].items() if not any(word in g for word in NOT_IN_README)}
+    groups = {g: rows for g, rows in shown.items() if any(v in rows for v in variants)}
     figure = Figure(figsize=(9, 1.2 + 0.42 * len(groups)), layout="constrained")
     axes = figure.subplots()
     for place, (_, rows) in enumerate(groups.items()):
-        shown = [v for v in variants if v in rows]
-        high = 0.8 / len(shown)
-        for i, variant in enumerate(shown):
+        bars = [v for v in variants if v in rows]
+        high = 0.8 / len(bars)
+        for i, variant in enumerate(bars):
             ratio = rows[variant]["ratio"]
             axes.barh(place - 0.4 + (i + 0.5) * high, ratio, high * 0.9, color=variants[variant])
             axes.text(ratio * 1.03, place - 0.4 + (i + 0.5) * high, f"{ratio:.3g}", va="center", fontsize=6)
@@ -116,10 +121,9 @@ def main(file: str | None = None) -> None:
     about = json.loads(path.read_text())
     readme = ROOT / "README.md"
     readme.write_text(insert(readme.read_text(), tables(about)))
+    path.with_suffix(".md").write_text(tables(about, whole=True) + "\n")
     draw(about, path.with_suffix(".png"))
-    shown = path.with_suffix(".png").resolve()
-    where = shown.relative_to(ROOT) if shown.is_relative_to(ROOT) else shown
-    print(f"wrote README.md's tables and {where}")
+    print(f"wrote README.md's table, {path.with_suffix('.md').name} and {path.with_suffix('.png').name}")
 
 
 def committed_tables() -> str:
