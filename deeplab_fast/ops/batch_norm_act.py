@@ -345,6 +345,8 @@ def _native_inference_backward(
     return found
 
 
+# AMD EPYC (AVX-512), 2 threads, torch 2.13, forward and backward with ReLU, 8 x 256 x 64 x 64: native 11 ms in fp32 and
+# 6.3 in bf16, eager 1.3 and 1.4 times as long, torch.compile 5.3 and 7.6 times.
 def _table(run: Any, why_not: Any, reference: Any) -> dict[str, dispatch.Backend]:
     return {
         "native": dispatch.Backend(run, why_not, measured=("cpu",)),

@@ -272,10 +272,13 @@ def _native_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) ->
     return y, mean, variance
 
 
+# AMD EPYC (AVX-512), 2 threads, torch 2.13, convolution + affine + ReLU of 2048 x 32 x 64 at dilation 1 / 12 / 18:
+# native 1.6 / 1.07 / 1.10 ms in fp32 and 1.03 / .79 / .61 in bf16, eager 3.2 / 36 / 33 times and 2.4 / 54 / 118 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(depthwise_conv_reference, _reference_why_not, measured=("cpu",)),
 }
+# Three rates of that: 1.01 (fp32) and .75 (bf16) times as fast as three calls of depthwise_conv.
 RATES_BACKENDS = {
     "native": dispatch.Backend(_native_rates, _native_rates_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(depthwise_conv_rates_reference, _reference_why_not, measured=("cpu",)),
