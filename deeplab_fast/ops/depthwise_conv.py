@@ -273,7 +273,8 @@ def _native_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) ->
 
 
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, convolution + affine + ReLU of 2048 x 32 x 64 at dilation 1 / 12 / 18:
-# native 1.6 / 1.07 / 1.10 ms in fp32 and 1.03 / .79 / .61 in bf16, eager 3.2 / 36 / 33 times and 2.4 / 54 / 118 times as long.
+# native 1.6 / 1.07 / 1.10 ms in fp32 and 1.03 / .79 / .61 in bf16, eager 3.2 / 36 / 33 times
+# and 2.4 / 54 / 118 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(depthwise_conv_reference, _reference_why_not, measured=("cpu",)),
