@@ -17,95 +17,14 @@
 #include <cstring>
 
 #include "../bilinear.h"
+#include "label_lanes.h"
+#include "transpose.h"
 #include "upsample_argmax.h"
 #include "vec.h"
 
 namespace {
 
 constexpr int64_t kLineFloats = 16;
-
-#if defined(__AVX512F__)
-
-struct Index {
-    __m512i v;
-};
-inline Index load_index(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-// row[index]; near: indices below kLanes of what `load_near(row)` gave
-inline Vec load_near(const float* row) {
-    Vec x = load(row);
-#ifdef __GNUC__
-    // Else GCC loads once for each permutation, and most of these loads cross a cache line.
-    __asm__("" : "+v"(x.v));
-#endif
-    return x;
-}
-inline Vec pick(Vec near, Index index) { return {_mm512_permutexvar_ps(index.v, near.v)}; }
-inline Vec pick(const float* row, Index index) {
-    return {_mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, index.v, row, 4)};
-}
-// The first of the largest; NaN is above all numbers, and seen only where kWild.
-template <bool kWild>
-inline void challenge(Vec x, Vec label, Vec* best, Vec* winner) {
-    __mmask16 larger = _mm512_cmp_ps_mask(x.v, best->v, kWild ? _CMP_NLE_UQ : _CMP_GT_OQ);
-    if (kWild) larger &= _mm512_cmp_ps_mask(best->v, best->v, _CMP_ORD_Q);
-    best->v = kWild ? _mm512_mask_mov_ps(best->v, larger, x.v) : _mm512_max_ps(x.v, best->v);
-    winner->v = _mm512_mask_mov_ps(winner->v, larger, label.v);
-}
-inline void store_labels(int32_t* to, Vec winner) { _mm512_storeu_si512(to, _mm512_cvttps_epi32(winner.v)); }
-inline void store_labels(uint8_t* to, Vec winner) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(_mm512_cvttps_epi32(winner.v)));
-}
-
-#elif defined(__AVX2__)
-
-struct Index {
-    __m256i v;
-};
-inline Index load_index(const int32_t* p) {
-    return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
-}
-inline Vec load_near(const float* row) { return load(row); }
-inline Vec pick(Vec near, Index index) { return {_mm256_permutevar8x32_ps(near.v, index.v)}; }
-inline Vec pick(const float* row, Index index) { return {_mm256_i32gather_ps(row, index.v, 4)}; }
-template <bool kWild>
-inline void challenge(Vec x, Vec label, Vec* best, Vec* winner) {
-    __m256 larger = _mm256_cmp_ps(x.v, best->v, kWild ? _CMP_NLE_UQ : _CMP_GT_OQ);
-    if (kWild) larger = _mm256_and_ps(larger, _mm256_cmp_ps(best->v, best->v, _CMP_ORD_Q));
-    best->v = _mm256_blendv_ps(best->v, x.v, larger);
-    winner->v = _mm256_blendv_ps(winner->v, label.v, larger);
-}
-
-#else
-
-struct Index {
-    const int32_t* v;
-};
-inline Index load_index(const int32_t* p) { return {p}; }
-inline const float* load_near(const float* row) { return row; }
-inline Vec pick(const float* row, Index index) {
-    Vec r;
-    for (int i = 0; i < kLanes; ++i) r.v[i] = row[index.v[i]];
-    return r;
-}
-template <bool kWild>
-inline void challenge(Vec x, Vec label, Vec* best, Vec* winner) {
-    for (int i = 0; i < kLanes; ++i) {
-        const bool larger = kWild ? !(x.v[i] <= best->v[i]) && best->v[i] == best->v[i] : x.v[i] > best->v[i];
-        best->v[i] = larger ? x.v[i] : best->v[i];
-        winner->v[i] = larger ? label.v[i] : winner->v[i];
-    }
-}
-
-#endif
-
-#ifndef __AVX512F__
-template <class Label>
-inline void store_labels(Label* to, Vec winner) {
-    float labels[kLanes];
-    store(labels, winner);
-    for (int i = 0; i < kLanes; ++i) to[i] = static_cast<Label>(labels[i]);
-}
-#endif
 
 // Where kLanes neighbouring output columns come from.
 struct Taps {
@@ -151,35 +70,6 @@ inline int64_t class_step(int64_t width) {
     return (lines + 1 - lines % 2) * kLineFloats;
 }
 
-#ifdef __AVX512F__
-inline void transpose(__m512* r) {
-    __m512 t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    __m512d* pairs = reinterpret_cast<__m512d*>(t);
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i], pairs[i + 2]));
-        r[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i], pairs[i + 2]));
-        r[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pairs[i + 1], pairs[i + 3]));
-        r[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pairs[i + 1], pairs[i + 3]));
-    }
-    // r[4 i + j] now has, in its 128-bit part q, column 4 q + j of rows 4 i .. 4 i + 3.
-    for (int j = 0; j < 4; ++j) {
-        const __m512 even_low = _mm512_shuffle_f32x4(r[j], r[4 + j], 0x88);
-        const __m512 even_high = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0x88);
-        const __m512 odd_low = _mm512_shuffle_f32x4(r[j], r[4 + j], 0xdd);
-        const __m512 odd_high = _mm512_shuffle_f32x4(r[8 + j], r[12 + j], 0xdd);
-        t[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-        t[4 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-        t[8 + j] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-        t[12 + j] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
-    }
-    for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
-#endif
-
 // (width, classes) to (classes, step)
 template <class T>
 void read_interleaved(const T* from, const LogitsMap& logits, int64_t step, float* to) {
@@ -192,12 +82,13 @@ void read_interleaved(const T* from, const LogitsMap& logits, int64_t step, floa
             const int classes = static_cast<int>(classes_left < 16 ? classes_left : 16);
             float* out = to + k * step + column;
 #ifdef __AVX512F__
-            __m512 r[16];
-            for (int i = 0; i < 16; ++i)
-                r[i] =
-                    i < columns ? load(pixels + i * logits.column_step + k, classes).v : _mm512_setzero_ps();
+            __m512i r[16];
+            for (int i = 0; i < 16; ++i) {
+                const T* pixel = pixels + i * logits.column_step + k;
+                r[i] = i < columns ? _mm512_castps_si512(load(pixel, classes).v) : _mm512_setzero_si512();
+            }
             transpose(r);
-            for (int j = 0; j < classes; ++j) _mm512_storeu_ps(out + j * step, r[j]);
+            for (int j = 0; j < classes; ++j) _mm512_storeu_si512(out + j * step, r[j]);
 #else
             for (int j = 0; j < classes; ++j)
                 for (int i = 0; i < columns; ++i)

@@ -65,18 +65,8 @@ inline Vec load(const bf16* p, int n) {
     const __m256i half = _mm256_maskz_loadu_epi16(first(n), p);
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-inline __m256i narrow_to_bf16(Vec x) {
-#ifdef __AVX512BF16__
-    // One instruction for eight; unlike them it flushes what is below 1.2e-38 to zero.
-    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
-#endif
-    const __m512i bits = _mm512_castps_si512(x.v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    const __m512i rounded =
-        _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
-    const __mmask16 nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-    return _mm512_cvtepi32_epi16(_mm512_mask_set1_epi32(rounded, nan, 0x7fc0));
-}
+// One instruction for eight; unlike the other instruction sets it flushes what is below 1.2e-38 to zero.
+inline __m256i narrow_to_bf16(Vec x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v)); }
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x.v); }
 inline void store(bf16* p, Vec x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_to_bf16(x)); }
 inline void store(float* p, Vec x, int n) { _mm512_mask_storeu_ps(p, first(n), x.v); }

@@ -30,7 +30,7 @@ def conv_norm_act(
     """activation(norm(conv(x)) + residual): (N, C, H, W) -> (N, C', H', W'); residual as the result."""
     if _is_fast_depthwise(x, conv) and _is_plain_batch_norm(norm):
         step = {"stride": conv.stride[0], "dilation": conv.dilation[0]}
-        if _uses_batch(norm):
+        if norm.training:
             y, mean, var = ops.depthwise_conv_statistics(x, conv.weight, **step)
             return _normalise(y, mean, var, norm, activation, residual)
         if residual is None and not _learns(norm):
@@ -51,7 +51,7 @@ def norm_act(x: Tensor, norm: nn.Module, activation: str = "relu", residual: Ten
     alike = residual is None or residual.dtype == x.dtype
     if alike and ops.has_kernel("batch_norm_act", x) and _is_plain_batch_norm(norm):
         x = x.contiguous(memory_format=torch.channels_last)  # once for all that follows
-        if _uses_batch(norm):
+        if norm.training:
             mean, var = ops.batch_norm_statistics(x)
             return _normalise(x, mean, var, norm, activation, residual)
         if not _learns(norm):
@@ -129,11 +129,6 @@ def _is_plain_batch_norm(norm: nn.Module) -> bool:
     )
 
 
-def _uses_batch(norm: nn.BatchNorm2d) -> bool:
-    """Whether the statistics are those of the batch."""
-    return norm.training
-
-
 def _learns(norm: nn.BatchNorm2d) -> bool:
     """Whether scale and shift want gradients although the statistics are frozen: the plain path's business."""
     return torch.is_grad_enabled() and (norm.weight.requires_grad or norm.bias.requires_grad)
@@ -203,7 +198,7 @@ class SeparableConv(nn.Module):
             and _is_plain_depthwise(self.depthwise)
             and self.depthwise.kernel_size == (3, 3)
             and _is_plain_pointwise(self.pointwise)
-            and all(_is_plain_batch_norm(norm) and not _uses_batch(norm) for norm in norms)
+            and all(_is_plain_batch_norm(norm) and not norm.training for norm in norms)
         )
 
 

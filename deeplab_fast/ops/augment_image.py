@@ -140,10 +140,6 @@ def _native_why_not(source: Tensor, *_: object) -> str | None:
     return native.why_not(source.device)
 
 
-def _reference_why_not(*_: object) -> str | None:
-    return None
-
-
 def _rows(source: Tensor) -> Tensor:
     """The source with packed rows, at whatever distance; itself where it has them."""
     return source if source[0].is_contiguous() else source.contiguous()
@@ -173,11 +169,11 @@ def _native_mask(mask: Tensor, scaled: list[int], window: list[int], flip: bool,
 # .60 / .63 ms, Pillow and numpy 19 / 15 / 13, torch's antialiased resize 4.6 / 11 / 29, reference 27 / 28 / 26.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(augment_image_reference, _reference_why_not, measured=("cpu",)),
+    "reference": dispatch.Backend(augment_image_reference, dispatch.always, measured=("cpu",)),
 }
 MASK_BACKENDS = {
     "native": dispatch.Backend(_native_mask, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(augment_image_mask_reference, _reference_why_not, measured=("cpu",)),
+    "reference": dispatch.Backend(augment_image_mask_reference, dispatch.always, measured=("cpu",)),
 }
 
 

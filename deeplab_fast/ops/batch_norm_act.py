@@ -20,10 +20,11 @@ import torch
 from torch import Tensor
 
 from . import dispatch, native
+from .precision import autocast, compute_dtype
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(compute_dtype(x.dtype))
 
 
 def _row(values: Tensor) -> Tensor:
@@ -166,7 +167,8 @@ def batch_norm_act(
     weight, bias: (C,) as mean; activation: "none", "relu" or "relu6"
     Raises ValueError on shapes, dtypes, devices and activations, UserError where a named backend cannot run.
     """
-    x, residual = _autocast(x), None if residual is None else _autocast(residual)
+    x, *rest = autocast(x, *([] if residual is None else [residual]))
+    residual = rest[0] if rest else None
     _check(x, residual, activation, mean=mean, var=var, weight=weight, bias=bias)
     inputs = (x, mean.detach(), var.detach(), weight, bias, residual, eps, activation)
     return dispatch.run("batch_norm_act", *inputs, backend=backend)
@@ -186,16 +188,10 @@ def batch_norm_act_inference(
     scale = weight * rsqrt(running_var + eps), shift = bias - running_mean * scale. x and residual get their gradients
     natively; where scale or shift asks for one, the reference runs.
     """
-    x, residual = _autocast(x), None if residual is None else _autocast(residual)
+    x, *rest = autocast(x, *([] if residual is None else [residual]))
+    residual = rest[0] if rest else None
     _check(x, residual, activation, scale=scale, shift=shift)
     return dispatch.run("batch_norm_act_inference", x, scale, shift, residual, activation, backend=backend)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point() and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def _check_image(x: Tensor) -> None:
@@ -207,7 +203,7 @@ def _check(x: Tensor, residual: Tensor | None, activation: str, **channels: Tens
     _check_image(x)
     if activation not in native.ACTIVATIONS:
         raise ValueError(f"activation is {activation!r}; expected one of {', '.join(native.ACTIVATIONS)}")
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = compute_dtype(x.dtype)
     for name, values in channels.items():
         if values.shape != (x.shape[1],) or values.dtype != wanted:
             raise ValueError(f"{name} is {values.dtype} {tuple(values.shape)}; expected {wanted} ({x.shape[1]},)")
@@ -217,10 +213,6 @@ def _check(x: Tensor, residual: Tensor | None, activation: str, **channels: Tens
     for name, values in (channels | {"residual": x if residual is None else residual}).items():
         if values.device != x.device:
             raise ValueError(f"{name} is on {values.device} and x on {x.device}")
-
-
-def _reference_why_not(*_: object) -> str | None:
-    return None
 
 
 def _statistics_why_not(x: Tensor) -> str | None:
@@ -350,7 +342,7 @@ def _native_inference_backward(
 def _table(run: Any, why_not: Any, reference: Any) -> dict[str, dispatch.Backend]:
     return {
         "native": dispatch.Backend(run, why_not, measured=("cpu",)),
-        "reference": dispatch.Backend(reference, _reference_why_not, measured=("cpu", "cuda")),
+        "reference": dispatch.Backend(reference, dispatch.always, measured=("cpu", "cuda")),
     }
 
 
@@ -358,7 +350,7 @@ BACKENDS = _table(_native, _native_why_not, batch_norm_act_reference)
 
 
 def _like_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-    wanted = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wanted = compute_dtype(x.dtype)
     return x.new_empty(x.shape[1], dtype=wanted), x.new_empty(x.shape[1], dtype=wanted)
 
 

@@ -67,10 +67,6 @@ def _native_why_not(prediction: Tensor, *_: object) -> str | None:
     return native.why_not(prediction.device)
 
 
-def _reference_why_not(*_: object) -> str | None:
-    return None
-
-
 def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: int | None) -> tuple[Tensor, Tensor]:
     prediction, target = prediction.contiguous(), target.contiguous()
     counts = target.new_zeros((num_classes, num_classes), dtype=torch.int64)
@@ -93,7 +89,7 @@ def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: 
 # The CUDA kernel is compiled and has never run on a GPU: `auto` takes the reference there.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(confusion_matrix_reference, _reference_why_not, measured=("cpu", "cuda")),
+    "reference": dispatch.Backend(confusion_matrix_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

@@ -20,15 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, native
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+from .precision import autocast, compute_dtype
 
 
 def _convolution(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
     """In fp32, or fp64 for fp64."""
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x.dtype)
     padding = dilation * (weight.shape[-1] // 2)
     with torch.autocast(x.device.type, enabled=False):
         return F.conv2d(x.to(dtype), weight.to(dtype), None, stride, padding, dilation, groups=x.shape[1])
@@ -71,7 +68,7 @@ def depthwise_conv_statistics_reference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification, in plain PyTorch."""
     y = depthwise_conv_reference(x, weight, None, None, stride, dilation)
-    rounded = y.detach().to(_compute_dtype(x))
+    rounded = y.detach().to(compute_dtype(x.dtype))
     mean = rounded.mean((0, 2, 3))
     variance = (rounded - mean[:, None, None]).square().mean((0, 2, 3))
     return y, mean.float(), variance.float()
@@ -97,7 +94,7 @@ def depthwise_conv(
     is taken from the sign of that result, rounded as it is. Gradients of x, weight, scale and shift, once.
     Raises ValueError on shapes, dtypes and devices, UserError where a named backend cannot run.
     """
-    x, weight = _autocast(x, weight)
+    x, weight = autocast(x, weight)
     _check_input(x)
     _check_weight("weight", weight, x)
     _check_affine("scale", scale, x)
@@ -130,7 +127,7 @@ def depthwise_conv_rates(
             "weights, scales, shifts and dilations are {}, {}, {} and {} in number; "
             "expected the same, at least one".format(*given)
         )
-    x, *weights = _autocast(x, *weights)
+    x, *weights = autocast(x, *weights)
     _check_input(x)
     for i, (weight, scale, shift, dilation) in enumerate(zip(weights, scales, shifts, dilations, strict=True)):
         _check_weight(f"weights[{i}]", weight, x)
@@ -153,20 +150,12 @@ def depthwise_conv_statistics(
     Returns y as `depthwise_conv` does, and mean (C,) and variance (C,) fp32 of y over N, H and W, as it was rounded
     to its dtype. Gradients go through y alone: those of mean and variance belong to the batch norm's own backward.
     """
-    x, weight = _autocast(x, weight)
+    x, weight = autocast(x, weight)
     _check_input(x)
     _check_weight("weight", weight, x)
     _check_positive("stride", stride)
     _check_positive("dilation", dilation)
     return dispatch.run("depthwise_conv_statistics", x, weight, stride, dilation, backend=backend)
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 
 def _check_input(x: Tensor) -> None:
@@ -191,8 +180,8 @@ def _check_affine(name: str, vector: Tensor | None, x: Tensor) -> None:
         return
     if tuple(vector.shape) != (x.shape[1],) or vector.device != x.device:
         raise ValueError(f"{name} is {tuple(vector.shape)} on {vector.device}; expected ({x.shape[1]},) on {x.device}")
-    if vector.dtype != _compute_dtype(x):
-        raise ValueError(f"{name} is {vector.dtype}; expected {_compute_dtype(x)}")
+    if vector.dtype != compute_dtype(x.dtype):
+        raise ValueError(f"{name} is {vector.dtype}; expected {compute_dtype(x.dtype)}")
 
 
 def _check_positive(name: str, value: int) -> None:
@@ -211,10 +200,6 @@ def _native_why_not(x: Tensor, weight: Tensor, *_: object) -> str | None:
 
 def _native_rates_why_not(x: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
     return native.cpu_why_not(x, *weights)
-
-
-def _reference_why_not(*_: object) -> str | None:
-    return None
 
 
 def _empty(x: Tensor, stride: int = 1) -> Tensor:
@@ -277,16 +262,16 @@ def _native_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) ->
 # and 2.4 / 54 / 118 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_reference, _reference_why_not, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu",)),
 }
 # Three rates of that: 1.01 (fp32) and .75 (bf16) times as fast as three calls of depthwise_conv.
 RATES_BACKENDS = {
     "native": dispatch.Backend(_native_rates, _native_rates_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_rates_reference, _reference_why_not, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_rates_reference, dispatch.always, measured=("cpu",)),
 }
 STATISTICS_BACKENDS = {
     "native": dispatch.Backend(_native_statistics, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_statistics_reference, _reference_why_not, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_statistics_reference, dispatch.always, measured=("cpu",)),
 }
 
 
@@ -349,7 +334,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         )
         grad_scale = (grad.to(scale.dtype) * raw).sum((0, 2, 3))
     if ctx.needs_input_grad[3]:
-        grad_shift = grad.sum((0, 2, 3), dtype=_compute_dtype(x))
+        grad_shift = grad.sum((0, 2, 3), dtype=compute_dtype(x.dtype))
     if scale is not None:
         grad = (grad * scale[:, None, None]).to(x.dtype)
     return *_conv_gradients(ctx, grad, x, weight), grad_scale, grad_shift, None, None, None, None

@@ -88,10 +88,6 @@ def _native_why_not(grad_y: Tensor, x: Tensor, weight: Tensor, *_: object) -> st
     return native.cpu_why_not(grad_y, x) or native.cpu_why_not(weight)
 
 
-def _reference_why_not(*_: object) -> str | None:
-    return None
-
-
 def _native(
     grad_y: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +114,7 @@ def _native(
 # 8 x 96 x 176 x 176 at stride 2, 4.3 and 78; 8 x 384 x 22 x 22, .45 and .63.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_backward_reference, _reference_why_not, measured=("cpu", "cuda")),
+    "reference": dispatch.Backend(depthwise_conv_backward_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

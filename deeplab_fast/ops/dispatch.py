@@ -29,6 +29,11 @@ class Backend(NamedTuple):
     measured: tuple[str, ...]  # device types on which its place in the table was measured
 
 
+def always(*_: Any) -> str | None:
+    """The why-not of a backend that takes everything: the reference's."""
+    return None
+
+
 class Op(NamedTuple):
     call: Callable[..., Any]  # torch.ops.deeplab_fast.<name>
     backends: Mapping[str, Backend]
@@ -90,7 +95,7 @@ def run(name: str, *inputs: Any, backend: str = "auto") -> Any:
     """
     if torch.compiler.is_compiling():
         tensor = next(x for x in inputs if isinstance(x, Tensor))
-        inline = backend == "auto" and not torch.compiler.is_exporting() and tensor.device.type == "cuda"
+        inline = backend == "auto" and not torch.compiler.is_exporting()
         if inline and not _has_kernel(name, str(tensor.device), torch.float32):
             return OPS[name].backends["reference"].run(*inputs)
     elif choose(name, list(inputs), backend) == "reference":

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, native
+from .precision import compute_dtype
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of pixels in 0 ... 1
 STD = (0.229, 0.224, 0.225)
@@ -30,16 +31,12 @@ def normalize_image_reference(
     images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_last: bool = True
 ) -> Tensor:
     """The specification, in plain PyTorch on any device, in fp32."""
-    x = images.permute(0, 3, 1, 2).to(_compute_dtype(dtype))  # channels-last memory
+    x = images.permute(0, 3, 1, 2).to(compute_dtype(dtype))  # channels-last memory
     if colour is not None:
         x = _blur(_jitter(x, colour[:, :3]), colour[:, 3])
     factor, bias = _normalisation(x.device, x.dtype)
     x = torch.addcmul(bias, x, factor)
     return x.to(dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-
-
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
@@ -131,10 +128,6 @@ def _native_why_not(images: Tensor, colour: Tensor | None, dtype: torch.dtype, c
     return native.why_not(images.device)
 
 
-def _reference_why_not(*_: object) -> str | None:
-    return None
-
-
 def _native(images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_last: bool) -> Tensor:
     n, height, width, _ = images.shape
     if images.numel() and not images[0, 0].is_contiguous():
@@ -170,7 +163,7 @@ def _constants() -> tuple[list[float], list[float]]:
 # 2.6 / 7.5 / 13.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(normalize_image_reference, _reference_why_not, measured=("cpu", "cuda")),
+    "reference": dispatch.Backend(normalize_image_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch, native
+from .precision import compute_dtype
 
 LARGEST_CLASSES = 256  # a label is a byte
 
 
 def upsample_argmax_reference(logits: Tensor, size: list[int], align_corners: bool = False) -> Tensor:
     """The specification, in plain PyTorch on any device."""
-    logits = logits if logits.dtype == torch.float64 else logits.float()
+    logits = logits.to(compute_dtype(logits.dtype))
     upsampled = F.interpolate(logits, size=tuple(size), mode="bilinear", align_corners=align_corners)
     return upsampled.argmax(1).to(torch.uint8)
 
@@ -51,10 +52,6 @@ def _native_why_not(logits: Tensor, *_: object) -> str | None:
     return native.cpu_why_not(logits)
 
 
-def _reference_why_not(*_: object) -> str | None:
-    return None
-
-
 def _native(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
     # The kernel reads rows of pixels as well as rows of classes; only other strides need a copy.
     if logits.stride(1) != 1 and logits.stride(3) != 1:
@@ -71,7 +68,7 @@ def _native(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
 # in fp32 and .71 / .53 in bf16, eager channels-last 13 to 18 and 23.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(upsample_argmax_reference, _reference_why_not, measured=("cpu", "cuda")),
+    "reference": dispatch.Backend(upsample_argmax_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

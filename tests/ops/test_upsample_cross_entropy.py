@@ -194,6 +194,19 @@ def test_not_finite(backend, device, value):
 
 
 @on_each_backend
+@pytest.mark.parametrize("width", [23, 46])
+def test_rows_that_are_not_resized_do_not_mix(backend, device, width):
+    """A tap of 0 on the row below would make NaN of its infinity."""
+    logits, target = (x.to(device) for x in make((1, 4, 9, 23), (9, width), torch.float32))
+    target = target.remainder(4)
+    logits[0, :, 4] = -float("inf")
+    loss, _, _, grad = graded(logits, target, reduction="none", backend=backend)
+    others = [row for row in range(9) if row != 4]
+    assert loss[:, others].isfinite().all() and grad[:, :, others].isfinite().all()
+    assert loss[:, 4].isnan().all()
+
+
+@on_each_backend
 def test_class_masked_with_minus_infinity(backend, device):
     logits, target = (x.to(device) for x in make((1, 4, 6, 7), (12, 14), torch.float32))
     logits[:, 1] = -float("inf")
