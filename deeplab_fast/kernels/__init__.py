@@ -1,0 +1,1 @@
+"""Triton kernels and their launchers; imported at the first call that uses one (ops/gpu.py says whether it can be)."""

@@ -1,0 +1,142 @@
+"""Compiles what a Triton launcher would launch, for a chip that is not there.
+
+`compile_launches(90, lambda: kernel_module.launcher(...))` runs the launcher on CPU tensors; each kernel that it
+launches is compiled for sm_90 with the constants, the options and the alignments of that launch, and nothing runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import pytest
+import torch
+
+CHIPS = (80, 86, 89, 90, 100, 120)
+# Shared memory of one block, bytes: CUDA C++ programming guide, technical specifications per compute capability.
+SHARED = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.float64: "*fp64",
+}
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") == "1",
+    reason="triton is not installed, or runs as an interpreter, which compiles nothing",
+)
+
+
+class Compiled(NamedTuple):
+    name: str
+    ptx: str
+    registers: int
+    stack: int  # bytes of local memory of a thread: spills, and arrays that are indexed at run time
+    shared: int  # bytes of a block
+
+
+def compile_launches(chip: int, run: Callable[[], Any]) -> list[Compiled]:
+    """What `run` launches, compiled for the chip and within its shared memory; fails where it launches nothing."""
+    from deeplab_fast.kernels import common
+
+    found: list[Compiled] = []
+
+    def compile_one(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if 0 not in grid:
+            found.append(_compile(chip, kernel, arguments, constants))
+
+    with mock.patch.object(common, "launch", compile_one), mock.patch.object(common, "capability", lambda device: chip):
+        run()
+    assert found, "nothing was launched"
+    for kernel in found:
+        assert kernel.shared <= SHARED[chip], f"{kernel.name} takes {kernel.shared} bytes of shared memory on sm_{chip}"
+    return found
+
+
+def _compile(chip: int, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from deeplab_fast.kernels.common import OPTIONS
+
+    options = {name: constants[name] for name in OPTIONS if name in constants} | {"enable_fp_fusion": True}
+    values = {**dict(zip(kernel.arg_names, arguments, strict=False))}
+    values |= {name: value for name, value in constants.items() if name not in OPTIONS}
+    declared_constant = {kernel.arg_names[i] for i in kernel.constexprs}
+    signature, fixed, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = values[name]
+        if name in declared_constant or value is None or isinstance(value, int) and value == 1 and value is not True:
+            signature[name], fixed[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = TYPES[value.dtype]
+            if value.data_ptr() % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, bool):
+            signature[name] = "u1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return _compiled(
+        chip, kernel, tuple(signature.items()), tuple(fixed.items()), repr(attributes), tuple(options.items()),
+        lambda: (ASTSource(kernel, signature, fixed, attributes), GPUTarget("cuda", chip, 32), options),
+    )  # fmt: skip
+
+
+_cache: dict[Any, Compiled] = {}
+
+
+def _compiled(
+    chip: int, kernel: Any, signature: Any, fixed: Any, attributes: str, options: Any, source: Any
+) -> Compiled:
+    import triton
+
+    key = (chip, kernel, signature, repr(fixed), attributes, options)
+    if key not in _cache:
+        src, target, opts = source()
+        built = triton.compile(src, target=target, options=opts)
+        registers, stack = _resources(built.asm["cubin"])
+        _cache[key] = Compiled(built.metadata.name, built.asm["ptx"], registers, stack, built.metadata.shared)
+    return _cache[key]
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    import triton
+
+    inside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    found = str(inside) if inside.exists() else shutil.which("cuobjdump")
+    if found is None:
+        pytest.skip("cuobjdump is not installed")
+    return found
+
+
+def _resources(cubin: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its local memory."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    registers = max(int(n) for n in re.findall(r"REG:(\d+)", text))
+    stack = max(int(a) + int(b) for a, b in re.findall(r"STACK:(\d+) .*?LOCAL:(\d+)", text))
+    return registers, stack
