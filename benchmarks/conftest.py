@@ -17,7 +17,7 @@ import torch
 import torch._dynamo
 
 from benchmarks.ratios import ROUNDS, WARM_UP, Variant, cold_seconds, copying, peak_bytes, save, seconds
-from benchmarks.shapes import TINY
+from benchmarks.shapes import TINY, use_gpu_sizes
 from deeplab_fast.device import set_allocator
 
 ROOF_BYTES = 1 << (17 if TINY else 29)  # read and written by the copy: more than any cache holds
@@ -33,6 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.roof = None
+    if config.getoption("--device") == "cuda":
+        use_gpu_sizes()
     # A compiled function that meets its ninth shape would else be eager from there on, under the name "compile".
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True

@@ -94,6 +94,85 @@ IMAGES = {
     "camvid": (8, 352, 352),  # one batch of crops
     "cityscapes": (1, 1024, 2048),  # one validation image
 }
+# What takes their place on a GPU (`use_gpu_sizes`): training batches and large images fill one; a single small image
+# shows what a launch costs.
+_ASPP_GPU = (16, 2048, 32, 32)  # ResNet, 16 crops of 512 x 512, output stride 16: 67 MB in bf16
+_ASPP_IMAGE = (1, 2048, 64, 128)  # one image of 1024 x 2048
+_ASPP_OS8 = (8, 2048, 64, 128)  # 8 crops of 512 x 1024, output stride 8
+GPU_SIZES = {
+    "TRAINING": {
+        "resnet50 16x769x769": ("resnet50", (16, 769, 769)),
+        "resnet101 16x769x769": ("resnet101", (16, 769, 769)),
+        "mobilenet_v2 16x513x513": ("mobilenet_v2", (16, 513, 513)),
+    },
+    "INFERENCE": {
+        "resnet50 1x1024x2048": ("resnet50", (1, 1024, 2048)),
+        "mobilenet_v2 1x1024x2048": ("mobilenet_v2", (1, 1024, 2048)),
+        "mobilenet_v2 1x513x513": ("mobilenet_v2", (1, 513, 513)),
+    },
+    "SEPARABLE": {
+        "aspp": (_ASPP_GPU, 256, 12),
+        "aspp_image": (_ASPP_IMAGE, 256, 12),
+        "aspp_os8": (_ASPP_OS8, 256, 24),
+        "aspp_small": ((1, 2048, 33, 33), 256, 12),
+        "decoder": ((8, 304, 128, 256), 256, 1),
+    },
+    "DECODERS": {
+        "1024x2048": ((1, 256, 64, 128), (48, 256, 512)),
+        "513x513": ((1, 256, 33, 33), (48, 129, 129)),
+    },
+    "DECODERS_TRAINED": {
+        "batch 16 of 512x512": ((16, 256, 32, 32), (48, 128, 128)),
+        "batch 8 of 512x1024": ((8, 256, 32, 64), (48, 128, 256)),
+    },
+    "DEPTHWISE": {
+        **{f"aspp d={d}": (_ASPP_GPU, 1, d) for d in (1, 6, 12, 18)},
+        **{f"aspp image d={d}": (_ASPP_IMAGE, 1, d) for d in (6, 12, 18)},
+        **{f"aspp os8 d={d}": (_ASPP_OS8, 1, d) for d in (12, 24, 36)},
+        "aspp small d=12": ((1, 2048, 33, 33), 1, 12),
+        "decoder": ((8, 304, 128, 256), 1, 1),
+        "train mobilenet 96": ((16, 96, 257, 257), 2, 1),
+        "train mobilenet 960": ((16, 960, 33, 33), 1, 2),
+    },
+    "DEPTHWISE_RATES": {"aspp": (_ASPP_GPU, [6, 12, 18]), "aspp image": (_ASPP_IMAGE, [6, 12, 18])},
+    "DEPTHWISE_BACKWARD": {
+        "aspp_2048": (_ASPP_GPU, 1, 12),
+        "aspp_os8": (_ASPP_OS8, 1, 24),
+        "mobilenet_stride_2": ((16, 96, 257, 257), 2, 1),
+        "mobilenet_960_dilated": ((16, 960, 33, 33), 1, 2),
+    },
+    "BATCH_NORMS": {
+        "head": ((16, 256, 128, 128), "relu", False, ("float32", "bfloat16")),
+        "resnet_residual": ((16, 1024, 49, 49), "relu", True, ("float32",)),
+        "aspp": (_ASPP_GPU, "relu", False, ("bfloat16",)),
+    },
+    "UPSAMPLED_LOGITS": {
+        "cityscapes": ((8, 19, 128, 256), (512, 1024)),
+        "cityscapes image": ((1, 19, 256, 512), (1024, 2048)),
+        "voc": ((16, 21, 129, 129), (513, 513)),
+        "ade20k": ((16, 150, 128, 128), (512, 512)),
+    },
+    "UPSAMPLED_LOGITS_TRAINED": {
+        "cityscapes": ((8, 19, 128, 256), (512, 1024)),
+        "voc": ((16, 21, 128, 128), (512, 512)),
+        "ade20k": ((16, 150, 128, 128), (512, 512)),
+    },
+    "IMAGES": {"cityscapes": (16, 769, 769), "cityscapes image": (1, 1024, 2048)},
+    "LABEL_MAPS": {
+        "cityscapes": ((8, 1024, 2048), 19),
+        "voc": ((16, 513, 513), 21),
+        "ade20k": ((16, 512, 683), 150),
+    },
+}
+
+
+def use_gpu_sizes() -> None:
+    """Before a benchmark is collected: all of them read the tables above at their import."""
+    for name, sizes in GPU_SIZES.items() if not TINY else ():
+        globals()[name].clear()
+        globals()[name].update(sizes)
+
+
 if TINY:
     SEPARABLE = {"tiny": ((1, 70, 9, 11), 40, 7)}
     DEPTHWISE = {"tiny": ((1, 33, 9, 11), 1, 8)}
