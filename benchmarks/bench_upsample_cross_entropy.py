@@ -71,8 +71,11 @@ def bench_upsample_cross_entropy(timed, device, name, grad, dtype, variant):
     def check(result: tuple[Tensor, ...]) -> None:
         if variant in dispatch.OPS[OP].backends:
             assert dispatch.last_backend(OP) == variant
-        for ours, theirs in zip(result, expected(name, dtype, device), strict=False):
-            assert_close(ours, theirs)
+        loss, grad = expected(name, dtype, device)
+        assert_close(result[0], loss)
+        # Of a mean over so many pixels every gradient is below the absolute tolerance: the largest is to be 1.
+        for ours in result[1:]:
+            assert_close(ours / grad.abs().max(), grad / grad.abs().max())
 
     # The logits and the labels are read once, the gradient is written once.
     passes = 2 if logits.requires_grad else 1

@@ -12,7 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import ratios, report
+from benchmarks import camvid, ratios, report
 from deeplab_fast import device
 
 pytest.importorskip("pytest_benchmark")
@@ -140,3 +140,10 @@ def test_report_writes_tables_and_picture(tmp_path, monkeypatch):
     assert "| op shape fp32 | 1 ms | 3.1 x | 50% | 1.5 / 30 MB |" in text
     assert "| op shape fp32 | 2 ms | 4 x |" in (tmp_path / "a_cpu.md").read_text()  # cold
     assert (tmp_path / "a_cpu.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("turns", [[2.0, 1.5, 2.0], [2.0, float("nan"), 1.0]])
+def test_no_time_for_a_loop_that_does_not_learn(turns):
+    camvid.check({"plain": [2.0, 1.8, 1.5]})
+    with pytest.raises(SystemExit, match="ours: mean losses"):
+        camvid.check({"plain": [2.0, 1.8, 1.5], "ours": turns})
