@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -14,6 +17,7 @@ import torch
 
 from benchmarks import camvid, ratios, report
 from deeplab_fast import device
+from deeplab_fast.ops import native
 
 pytest.importorskip("pytest_benchmark")
 CPU = torch.device("cpu")
@@ -105,7 +109,7 @@ def test_no_commit_outside_a_repository(tmp_path, monkeypatch):
 @pytest.mark.parametrize("agreed, header", [(True, "keeps freed memory"), (False, "refused to keep freed memory")])
 def test_an_allocator_that_refuses_is_told_of_and_no_error(conftest, monkeypatch, agreed, header):
     monkeypatch.setattr(conftest, "set_allocator", lambda: agreed)
-    config = SimpleNamespace()
+    config = SimpleNamespace(getoption=lambda name: "cpu")
     conftest.pytest_configure(config)
     assert config.keeps_freed_memory is agreed
     assert header in conftest.pytest_report_header(config)
@@ -147,3 +151,16 @@ def test_no_time_for_a_loop_that_does_not_learn(turns):
     camvid.check({"plain": [2.0, 1.8, 1.5]})
     with pytest.raises(SystemExit, match="ours: mean losses"):
         camvid.check({"plain": [2.0, 1.8, 1.5], "ours": turns})
+
+
+@pytest.mark.skipif(native.load() is None, reason="deeplab_fast._C is not built")
+def test_every_benchmark_fails_on_a_wrong_result():
+    """And passes on a right one, which is a stage of .ci/run."""
+    root = Path(ratios.__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-p", "tests.spoiled_kernels", "-q", "benchmarks", "-k", "native"]
+    environment = {**os.environ, "DEEPLAB_FAST_BENCH_TINY": "1"}
+    result = subprocess.run(
+        [*command, "--benchmark-disable"], cwd=root, env=environment, capture_output=True, text=True
+    )
+    summary = result.stdout.splitlines()[-1]
+    assert re.search(r"[1-9]\d* failed", summary) and "passed" not in summary, result.stdout[-4000:]
