@@ -90,6 +90,8 @@ CITYSCAPES_ID_TO_TRAIN_ID = np.full(256, IGNORE, np.uint8)
 for _train_id, (_, _id, _) in enumerate(_CITYSCAPES):
     CITYSCAPES_ID_TO_TRAIN_ID[_id] = _train_id
 CITYSCAPES_ID_TO_TRAIN_ID.flags.writeable = False
+CITYSCAPES_TRAIN_ID_TO_ID = np.array([_id for _, _id, _ in _CITYSCAPES], np.uint8)
+"""uint8 (19,): the way back, for what the benchmark's server reads."""
 
 _CAMVID = (
     ("sky", (128, 128, 128)),
