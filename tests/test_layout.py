@@ -17,7 +17,8 @@ from deeplab_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deeplab_fast"
-OPS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__", "dispatch", "gpu", "native", "precision"}
+SHARED = {"__init__", "batch_norm_common", "dispatch", "gpu", "native", "precision"}
+OPS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - SHARED
 # Where the kernel of a backend may lie; the reference is in the op's own file.
 KERNELS = {
     "native": ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"),
