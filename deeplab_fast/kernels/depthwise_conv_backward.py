@@ -1,7 +1,7 @@
 """Gradients of a depthwise convolution: for 3 x 3 and 1 x 1 one launch, which takes grad_y from memory once.
 
 Bytes: grad_y and x once, grad_x once, 3 T at stride 1, and K * K / REGION of it twice for the parts of grad_weight.
-A program has TILES tiles of chains (kernels/depthwise_conv.py says what those are) and goes over them twice. First
+A program has its tiles of chains (depthwise_chains.py says what those are) and goes over them twice. First
 grad_x: at stride 1 the convolution of grad_y with the taps in reverse; above it each of the stride * stride pixels of
 x that belong to a pixel of grad_y gathers the taps that reach it, a choice made when the kernel is compiled.
 Then grad_weight: K * K sums of products for each channel, with grad_y and what the tiles share of x from the cache; as
@@ -19,20 +19,8 @@ from torch import Tensor
 
 from . import common
 from .common import narrow
-from .depthwise_conv import (
-    LARGEST,
-    PHASED,
-    add,
-    blocks,
-    columns_of,
-    convolve,
-    gather,
-    load_weights,
-    packed,
-    pixels,
-    place,
-    plan,
-)
+from .depthwise_chains import PHASED, add, blocks, columns_of, convolve, load_weights, packed, pixels, place, plan
+from .depthwise_conv import LARGEST, gather
 
 OP = "depthwise_conv_backward"
 LARGEST_STRIDE = 4  # above it, code for stride * stride pixels of x is more than it is worth
@@ -211,6 +199,7 @@ def _run_any(
     if not need_weight:
         return None
     pixels_of_all = n * out_size[0] * out_size[1]
+    tiles = min(tiles, max(1, common.cdiv(pixels_of_all, block["BLOCK_W"])))
     parts = x.new_empty((common.cdiv(pixels_of_all, block["BLOCK_W"] * tiles), k * k, c), dtype=torch.float32)
     common.launch(
         _products, (parts.shape[0] * common.cdiv(c, block["BLOCK_C"]), k * k), grad_y, x, parts, pixels_of_all,

@@ -203,11 +203,11 @@ def _native_rates_why_not(x: Tensor, weights: Sequence[Tensor], *_: object) -> s
 
 
 def _triton_why_not(x: Tensor, weight: Tensor, *_: object) -> str | None:
-    return gpu.triton_why_not(x, weight)
+    return gpu.triton_why_not(x, weight) or gpu.images_why_not(x)
 
 
 def _triton_rates_why_not(x: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
-    return gpu.triton_why_not(x, *weights)
+    return gpu.triton_why_not(x, *weights) or gpu.images_why_not(x)
 
 
 def _empty(x: Tensor, stride: int = 1) -> Tensor:

@@ -111,7 +111,7 @@ def _native(
 
 
 def _triton_why_not(grad_y: Tensor, x: Tensor, weight: Tensor, *_: object) -> str | None:
-    return gpu.triton_why_not(grad_y, x) or gpu.triton_why_not(weight)
+    return gpu.triton_why_not(grad_y, x) or gpu.triton_why_not(weight) or gpu.images_why_not(x)
 
 
 def _triton(
