@@ -457,4 +457,8 @@ def test_compiles_for_sizes_of_one(shape):
 
 @needs_compiler
 def test_offsets_of_images_have_64_bits():
-    assert re.search(r"(mul|mad)\.lo\.s64", launched(90, *LAUNCHES[0])[0].ptx)
+    """The image, the grid's second dimension, is widened before anything is computed with it."""
+    (kernel,) = launched(90, *LAUNCHES[0])
+    (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
+    uses = [line for line in kernel.ptx.splitlines() if re.search(rf"{register}\b", line) and "ctaid" not in line]
+    assert uses and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in uses), uses
