@@ -1,6 +1,7 @@
 """Gradients of a depthwise convolution: for 3 x 3 and 1 x 1 one launch, which takes grad_y from memory once.
 
-Bytes: grad_y and x once, grad_x once, 3 T at stride 1, and K * K / REGION of it twice for the parts of grad_weight.
+Bytes: grad_y and x once, grad_x once, 3 T at stride 1, and 4 * K * K bytes, written and read, of grad_weight's parts
+for the 256 to 512 pixels that a program has.
 A program has its tiles of chains (depthwise_chains.py says what those are) and goes over them twice. First
 grad_x: at stride 1 the convolution of grad_y with the taps in reverse; above it each of the stride * stride pixels of
 x that belong to a pixel of grad_y gathers the taps that reach it, a choice made when the kernel is compiled.
