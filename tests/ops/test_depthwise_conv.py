@@ -133,8 +133,9 @@ def test_rates(backend, device, dtype, dilations):
 @in_each_dtype
 def test_result_larger_than_a_cache(backend, device, dtype):
     """Written around the cache where lines of it are whole, as they are not with 136 channels."""
+    size = (40, 41) if (backend, device) == ("triton", "cpu") else (130, 131)  # the interpreter has no such cache
     for channels in (128, 136):
-        given = [t.to(device) for t in tensors((1, channels, 130, 131), 3, dtype)]
+        given = [t.to(device) for t in tensors((1, channels, *size), 3, dtype)]
         check(given, backend, dilation=12)
         check_statistics(*given[:2], backend)
 
@@ -271,12 +272,9 @@ def test_statistics_of_many_parts(backend, device):
 def test_too_many_images_are_a_reason(backend, device):
     x = torch.zeros((1 << 16, 1, 1, 1), device=device)
     weight = torch.zeros((1, 1, 1, 1), device=device)
-    with pytest.raises(UserError, match="cannot run on the backend 'triton': .* at most 65535 images, and got 65536"):
-        depthwise_conv(x, weight, backend=backend)
-    for op, rest in {OP: (), f"{OP}_statistics": ()}.items():
-        assert dispatch.explain(op, x, weight, *rest)["triton"]
-    assert dispatch.explain(f"{OP}_rates", x, [weight])["triton"]
-    assert not dispatch.explain(OP, x[1:], weight)["triton"]
+    for op, weights in {OP: weight, f"{OP}_statistics": weight, f"{OP}_rates": [weight]}.items():
+        assert "at most 65535 images, and got 65536" in str(dispatch.explain(op, x, weights)[backend])
+        assert dispatch.explain(op, x[1:], weights)[backend] is None
 
 
 @on_each_backend
