@@ -128,11 +128,10 @@ def run(part: Part) -> str:
     try:
         status = process.wait(limit)
     except subprocess.TimeoutExpired:
-        stop(process)
         return f"stopped after {limit} s"
-    except BaseException:  # the part is in a session of its own, where Ctrl-C does not reach it
-        stop(process)
-        raise
+    finally:  # the part is in a session of its own, where Ctrl-C does not reach it
+        if process.poll() is None:
+            stop(process)
     return "ok" if status == 0 else f"failed with status {status}"
 
 

@@ -1,6 +1,6 @@
 """Finds the constants of an op's Triton kernels on this GPU, and writes them into deeplab_fast/kernels/tuned.json.
 
-python -m benchmarks.tune OP... [--only TEXT] [--seconds N] [--dry-run]
+python -m benchmarks.tune OP... [--only TEXT] [--seconds N] [--output FILE]
 
 What runs are the op's benchmarks (variant "triton") at their GPU sizes, each result checked as there, so that nothing
 here knows a launcher: `common.configuration` is replaced by one that answers with a candidate. A case's constants and
@@ -205,8 +205,8 @@ def tune(
 
 
 def write(found: Mapping[Case, tuple[Configuration, float, float]], chip: int, path: Path) -> None:
-    """Each winner under its chip and dtype; the file appears whole or not at all."""
-    table = json.loads(path.read_text())
+    """Each winner under its chip and dtype, beside what the file or else tuned.json holds; it appears whole or not."""
+    table = json.loads((path if path.exists() else common.TUNED).read_text())
     for case, (best, *_) in found.items():
         table[case.op][case.case].setdefault(str(chip), {})[case.dtype] = best
     half = path.with_suffix(".tmp")
@@ -227,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("ops", nargs="+", metavar="OP", help="as in benchmarks/bench_<OP>.py")
     parser.add_argument("--only", default="", help="benchmarks whose name or arguments hold this text")
     parser.add_argument("--seconds", type=float, default=420, help="after which it writes what it found (420)")
-    parser.add_argument("--dry-run", action="store_true", help="write nothing")
+    parser.add_argument("--output", type=Path, default=common.TUNED, help="instead of tuned.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("torch sees no CUDA device")
@@ -237,8 +237,7 @@ def main(arguments: list[str] | None = None) -> None:
     for op in options.ops:
         ready = list(problems(importlib.import_module(f"benchmarks.bench_{op}"), device, options.only))
         found = tune(ready, functools.partial(cold_seconds, device=device), deadline, print)
-        if not options.dry_run:
-            write(found, common.capability(device), common.TUNED)
+        write(found, common.capability(device), options.output)
         print(*rows(found), sep="\n")
 
 

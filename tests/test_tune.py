@@ -81,7 +81,11 @@ def test_the_fastest_that_runs_and_is_right_is_found_and_written(table, capsys):
     assert any("not close" in line and "'num_warps': 2" in line for line in lines)
     assert common.configuration("fake", "plain", torch.ones(1)) == START  # the table's again
 
+    elsewhere = table.with_name("elsewhere.json")
+    tune.write(found, 90, elsewhere)
+    assert json.loads(table.read_text()) == {"fake": {"plain": {"any": {"any": START}}}}
     tune.write(found, 90, table)
+    assert elsewhere.read_text() == table.read_text() and not list(table.parent.glob("*.tmp"))
     assert json.loads(table.read_text()) == {"fake": {"plain": {"any": {"any": START}, "90": {"float32": best}}}}
     common._table.cache_clear()
     common._configuration.cache_clear()
