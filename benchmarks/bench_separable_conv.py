@@ -101,5 +101,6 @@ def bench_separable_conv(timed, device, name, dtype, variant):
 
     # x is read and y is written, once; the weights are little beside them.
     bytes_moved = x.element_size() * (x.numel() + x.numel() // x.shape[1] * pointwise.shape[0])
+    run, flops = runner(name, dtype, variant, device), 2 * x.numel() * pointwise.shape[0]  # the product's
     with torch.inference_mode():
-        timed(f"{OP} {name} {dtype}", variant, runner(name, dtype, variant, device), check, bytes_moved)
+        timed(f"{OP} {name} {dtype}", variant, run, check, bytes_moved, flops)
