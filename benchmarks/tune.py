@@ -204,13 +204,22 @@ def tune(
     return found
 
 
+def written(table: Mapping[str, Any], depth: int = 0) -> str:
+    """The table as JSON with a line for each configuration, so that a change of one is a change of a line."""
+    if not any(isinstance(value, dict) for value in table.values()):
+        return json.dumps(table)
+    pad = "  " * depth
+    lines = (f"{pad}  {json.dumps(key)}: {written(value, depth + 1)}" for key, value in table.items())
+    return "{\n" + ",\n".join(lines) + f"\n{pad}}}"
+
+
 def write(found: Mapping[Case, tuple[Configuration, float, float]], chip: int, path: Path) -> None:
     """Each winner under its chip and dtype, beside what the file or else tuned.json holds; it appears whole or not."""
     table = json.loads((path if path.exists() else common.TUNED).read_text())
     for case, (best, *_) in found.items():
         table[case.op][case.case].setdefault(str(chip), {})[case.dtype] = best
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps(table, indent=1) + "\n")
+    half.write_text(written(table) + "\n")
     os.replace(half, path)
 
 

@@ -117,3 +117,8 @@ def test_candidates_are_those_listed_or_halves_and_doubles(monkeypatch):
 def test_noise_is_no_gain():
     best, _ = tune.search({"a": 1}, lambda now: {"a": [1, 2]}, lambda c: 1.0 - 0.005 * (c["a"] == 2))
     assert best == {"a": 1}
+
+
+def test_the_table_is_as_tune_writes_it():
+    text = common.TUNED.read_text()
+    assert text == tune.written(json.loads(text)) + "\n"

@@ -298,18 +298,18 @@ def _triton_statistics(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
-    "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 # Three rates of that: 1.01 (fp32) and .75 (bf16) times as fast as three calls of depthwise_conv.
 RATES_BACKENDS = {
     "native": dispatch.Backend(_native_rates, _native_rates_why_not, measured=("cpu",)),
     "triton": dispatch.Backend(_triton_rates, _triton_rates_why_not, measured=()),
-    "reference": dispatch.Backend(depthwise_conv_rates_reference, dispatch.always, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_rates_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 STATISTICS_BACKENDS = {
     "native": dispatch.Backend(_native_statistics, _native_why_not, measured=("cpu",)),
     "triton": dispatch.Backend(_triton_statistics, _triton_why_not, measured=()),
-    "reference": dispatch.Backend(depthwise_conv_statistics_reference, dispatch.always, measured=("cpu",)),
+    "reference": dispatch.Backend(depthwise_conv_statistics_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 
