@@ -130,7 +130,7 @@ def _separable_conv(
         if start < C:
             tile = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
             if depthwise_shift is not None:
-                tile += tl.load(depthwise_shift + start + c, None if EVEN_C else valid)[None, :]
+                tile += tl.load(depthwise_shift + start + c, valid, 0.0)[None, :]
             for i in tl.static_range(-ROWS, ROWS + 1):
                 for j in tl.static_range(-COLUMNS, COLUMNS + 1):
                     down, right = i * DILATION, j * DILATION
@@ -152,12 +152,8 @@ def _separable_conv(
     if shift is not None:
         product += tl.load(shift + m, m < M, 0.0)[None, :]
     # Looked up again, rather than held in registers all along.
-    pixel = tl.load(order + p, there, 0)
-    tl.store(
-        y + pixel.to(tl.int64)[:, None] * y_pixel + m[None, :],
-        narrow(_activate(product, ACTIVATION), dtype),
-        there[:, None] & (m[None, :] < M),
-    )
+    to = tl.load(order + p, there, 0).to(tl.int64)[:, None] * y_pixel + m[None, :]
+    tl.store(y + to, narrow(_activate(product, ACTIVATION), dtype), there[:, None] & (m[None, :] < M))
 
 
 def separable_conv(

@@ -4,6 +4,9 @@
 
 The scales and shifts are folded batch norms; the zero padding is the dilation. Eager writes and reads the depthwise
 result three times (convolution, norm, activation); here a tile of it is multiplied out of the cache and never written.
+On a GPU the depthwise pass runs again for every 256 output channels. Beyond 768, x is read more often than the two
+kernels (depthwise_conv, then torch's product) read x and write and read the depthwise result; and few pixels, such as
+33 x 33 of one image, leave most of a large chip idle. There the two kernels should win.
 Forward only: the training form is built from depthwise_conv and batch_norm_act.
 Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", section 3.1.
 """

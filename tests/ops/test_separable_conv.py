@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplab_fast.errors import UserError
-from deeplab_fast.ops import dispatch, native, separable_conv
+from deeplab_fast.ops import dispatch, gpu, native, separable_conv
 from deeplab_fast.ops.separable_conv import separable_conv_reference
 from deeplab_fast.testing import assert_close, backends
 from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
@@ -277,7 +277,22 @@ def test_more_channels_than_a_tile_and_outer_taps_in_one_direction(backend, devi
         check(moved(arguments(shape, out_channels, torch.bfloat16, dilation=dilation), device), backend)
 
 
-@pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+
+
+@on_triton
+def test_launcher_writes_a_slice_of_a_wider_result(backend, device):
+    from deeplab_fast.kernels import separable_conv as kernels
+
+    options = moved(arguments((2, 24, 5, 6), 18, torch.float32), device)
+    wide = torch.full((2, 40, 5, 6), 7.0, device=device).contiguous(memory_format=torch.channels_last)
+    x = options["x"].contiguous(memory_format=torch.channels_last)
+    kernels.separable_conv(*positional(options | {"x": x}), wide[:, 5:23])
+    assert_close(wide[:, 5:23], expected_of(moved(options, "cpu")))
+    assert (wide[:, :5] == 7).all() and (wide[:, 23:] == 7).all()
+
+
+@on_triton
 @pytest.mark.parametrize("classes, strip", [(1, 8), (1, 16), (3, 2), (5, 8), (12, 16)])
 def test_tiles_take_every_pixel_once_and_neighbours_together(backend, device, classes, strip):
     from deeplab_fast.kernels import common
@@ -400,6 +415,15 @@ def test_compile_and_export_hold_one_op_and_name_no_backend(tmp_path):
 def test_reference_equals_the_definition_in_double():
     options = moved(arguments((2, 6, 7, 8), 5, torch.float32, dilation=3, stride=2), torch.float64)
     assert_close(separable_conv_reference(*positional(options)), expected_of(options))
+
+
+def test_pixels_beyond_32_bits_are_a_reason(monkeypatch):
+    options = arguments((1, 4, 5, 5), 3, torch.bfloat16)
+    monkeypatch.setattr(gpu, "triton_why_not", lambda *_: None)
+    assert dispatch.explain(OP, *positional(options))["triton"] is None
+    options["x"] = options["x"][:, :, :1, :1].expand(8, 4, 2**14, 2**14)
+    assert "pixels" in dispatch.explain(OP, *positional(options))["triton"]
+    assert dispatch.explain(OP, *positional(options | {"stride": 2}))["triton"] is None
 
 
 def test_amx_is_a_reason(monkeypatch):
