@@ -4,9 +4,11 @@ A program owns BLOCK_P pixels of y and BLOCK_M of its channels. In steps of BLOC
 result in fp32, rounds it to x's dtype, and multiplies it by the pointwise weights, while the next step begins. M up to
 BLOCK_M: the depthwise result is computed once; beyond, once for every BLOCK_M of M.
 
-Bytes: x is read and y written once. What goes past the second-level cache: x again for the edges of the tiles, and
+Bytes: x is read and y written once. Out of the second-level cache come also x again for the edges of the tiles, and
 C * M weights for each tile. For every multiplication of the product there are 9 / M of the depthwise pass and as many
-conversions, on units an order of magnitude slower: at M = 256 these, not the matrix unit, should bind.
+conversions, on units an order of magnitude slower: at M = 256 these and the weights, not the matrix unit, should bind.
+Tiles of 128 pixels would read the weights half as often; with all of M = 256 their sums leave too few registers for the
+depthwise pass, which then spills.
 """
 
 from __future__ import annotations
@@ -22,8 +24,6 @@ from . import common
 from .common import INTERPRET, narrow
 
 BLOCK = tl.constexpr(128)  # of what `_prepare` writes
-# Pixels of y from which on large tiles occupy most of a large chip; 64-pixel tiles keep it busy below.
-MANY = 12288
 
 
 @triton.jit
@@ -179,7 +179,7 @@ def separable_conv(
     pixels = n * out_height * out_width
     if n == 0:
         return
-    tuned = common.configuration("separable_conv", "many_pixels" if pixels >= MANY else "few_pixels", x)
+    tuned = common.configuration("separable_conv", "tile", x)
     block_p, strip = tuned["BLOCK_P"], tuned.pop("STRIP")
     tuned["BLOCK_M"] = block_m = min(tuned["BLOCK_M"], max(16, triton.next_power_of_2(m)))
     tuned["BLOCK_C"] = block_c = min(tuned["BLOCK_C"], max(16, triton.next_power_of_2(c)))
