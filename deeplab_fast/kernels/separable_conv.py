@@ -179,8 +179,7 @@ def separable_conv(
     pixels = n * out_height * out_width
     if n == 0:
         return
-    # The masks of a last, partial step take registers that long steps do not leave.
-    tuned = common.configuration("separable_conv", "ragged" if c % 64 else "whole", x)
+    tuned = common.configuration("separable_conv", "tile", x)
     block_p, strip = tuned["BLOCK_P"], tuned.pop("STRIP")
     tuned["BLOCK_M"] = block_m = min(tuned["BLOCK_M"], max(16, triton.next_power_of_2(m)))
     tuned["BLOCK_C"] = block_c = min(tuned["BLOCK_C"], max(16, triton.next_power_of_2(c)))
