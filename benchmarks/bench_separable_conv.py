@@ -19,7 +19,7 @@ from deeplab_fast.testing import assert_close
 OP = "separable_conv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = {"compile": ("aspp", "decoder", "tiny"), "pad_compile": ("aspp",)}  # and the shapes they run at
-VARIANTS = ["native", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
+VARIANTS = ["native", "triton", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
 if TINY:
     VARIANTS.append("reference")  # fp32 arithmetic of eager layers: slow at real sizes, and nothing new
 
