@@ -18,7 +18,7 @@ from deeplab_fast.testing import assert_close
 
 OP = "upsample_concat"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = ["native", "reference", "eager", "eager_nchw", "compile"]
+VARIANTS = ["native", "triton", "reference", "eager", "eager_nchw", "compile"]
 
 
 def eager(x: Tensor, low_level: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def bench_forward_and_backward(timed, device, name, dtype, variant):
         return (result.detach(), *torch.autograd.grad(result, pair, grad))
 
     def check(results: tuple[Tensor, ...]) -> None:
-        if variant == "native":
+        if variant in ("native", "triton"):
             assert dispatch.last_backend(f"{OP}_backward") == variant
         for mine, true in zip(results, expected(*case), strict=True):
             assert_close(mine, true)
