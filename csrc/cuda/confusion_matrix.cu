@@ -231,7 +231,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
     add_histograms(histograms, bins, copies, args.counts, args.out_of_range);
 }
 
-__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor) count_any(ConfusionArgs args, int copies) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerMultiprocessor)
+    count_any(ConfusionArgs args, int copies) {
     extern __shared__ uint4 shared[];
     int32_t* const histograms = reinterpret_cast<int32_t*>(shared);
     const int bins = args.num_classes * args.num_classes + 1;

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 
 #include "../bilinear.h"
 #include "../confusion_matrix.h"
@@ -15,6 +16,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSide = 4;
+constexpr int64_t kLongestAxis = int64_t{1} << 30;
 constexpr int kMostGroups = 32;  // of a tile along one axis
 constexpr int kLeastGroups = kThreads / kMostGroups;
 
@@ -29,7 +31,6 @@ struct LabelAxis {
         const int64_t within = pixel < 0 ? 0 : pixel < output ? pixel : output - 1;
         return bilinear_tap(within, source, output, scale, align_corners);
     }
-    HOST_DEVICE int64_t group_pixel(int64_t group) const { return first + group * kSide; }
 };
 
 [[maybe_unused]] LabelAxis label_axis(int64_t source, int64_t output, bool align_corners) {
@@ -56,7 +57,7 @@ struct LabelPlan {
     LogitsMap logits;
     LabelAxis rows, columns;
     int groups_y, groups_x;  // of a tile; their product is at most kThreads
-    int64_t tiles_y, tiles_x, tiles;
+    uint32_t tiles_y, tiles_x, tiles;
     int taps;  // source pixels that a group's pixels span along an axis; 0: more than 3
     int source_rows, source_columns;  // of the largest tile
     int pitch;                      // floats from one source pixel to the next, odd: lanes in different banks
@@ -77,11 +78,13 @@ struct LabelPlan {
             least = tiles_x * tiles_y;
             plan->groups_x = x;
             plan->groups_y = y;
-            plan->tiles_x = tiles_x;
-            plan->tiles_y = tiles_y;
+            plan->tiles_x = static_cast<uint32_t>(tiles_x);
+            plan->tiles_y = static_cast<uint32_t>(tiles_y);
         }
     }
-    plan->tiles = plan->logits.batch * plan->tiles_y * plan->tiles_x;
+    // One block for each at most, and 32-bit divisions.
+    if (least > INT32_MAX / plan->logits.batch) throw std::invalid_argument("more than 2^31 tiles");
+    plan->tiles = static_cast<uint32_t>(plan->logits.batch * least);
 }
 
 constexpr int kTaps = kSide * (kMostGroups + kLeastGroups);  // at most, of both axes of a tile
@@ -92,6 +95,10 @@ constexpr int kLeastTile = 8 << 10;  // bytes that are worth a matrix's place in
 
 // budget: bytes of shared memory for all but `kFixedBytes`
 [[maybe_unused]] LabelPlan label_plan(const UpsampleArgmaxArgs& args, int budget) {
+    // A pixel's row and column are 32-bit numbers; what is multiplied by a step is not.
+    const int64_t axes[] = {args.logits.height, args.logits.width, args.height, args.width};
+    for (const int64_t axis : axes)
+        if (axis > kLongestAxis) throw std::invalid_argument("an axis of more than 2^30 pixels");
     LabelPlan plan{};
     plan.logits = args.logits;
     plan.rows = label_axis(args.logits.height, args.height, args.align_corners);

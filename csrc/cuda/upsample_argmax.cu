@@ -55,29 +55,25 @@ __device__ void write_tile(const LabelPlan& plan, const TilePlace& place, const 
     }
 }
 
-// Shared memory: the LabelTile, then the staged labels.
+// One tile. Shared memory: the LabelTile, then the staged labels.
 template <int kTapsOfGroup>
 __global__ void __launch_bounds__(kThreads, 2) write_labels(LabelPlan plan, uint8_t* labels) {
     extern __shared__ uint4 shared[];
     const LabelTile tile(plan, shared);
     StagedLabels sink{reinterpret_cast<uint8_t*>(shared) + plan.shared, staged_pitch(plan)};
-    for (int64_t index = blockIdx.x; index < plan.tiles; index += gridDim.x) {
-        label_any_tile<kTapsOfGroup>(plan, index, tile, sink);
-        const TilePlace place(plan, index);
-        if (plan.columns.output % 4 == 0)
-            write_tile<uint32_t>(plan, place, sink, labels);
-        else
-            write_tile<uint8_t>(plan, place, sink, labels);
-        __syncthreads();
-    }
+    label_any_tile<kTapsOfGroup>(plan, blockIdx.x, tile, sink);
+    const TilePlace place(plan, blockIdx.x);
+    if (plan.columns.output % 4 == 0)
+        write_tile<uint32_t>(plan, place, sink, labels);
+    else
+        write_tile<uint8_t>(plan, place, sink, labels);
 }
 
 template <int kTapsOfGroup>
 void launch(const LabelPlan& plan, uint8_t* labels, int device, cudaStream_t stream) {
     const int shared = plan.shared + staged_pitch(plan) * kSide * plan.groups_y;
-    const unsigned blocks = static_cast<unsigned>(plan.tiles < INT32_MAX ? plan.tiles : INT32_MAX);
     allow_shared(write_labels<kTapsOfGroup>, shared, device);
-    write_labels<kTapsOfGroup><<<blocks, kThreads, shared, stream>>>(plan, labels);
+    write_labels<kTapsOfGroup><<<plan.tiles, kThreads, shared, stream>>>(plan, labels);
 }
 
 }  // namespace

@@ -13,8 +13,9 @@
 
 namespace {
 
-// A target as narrow() has it, or kIgnored; both are above every class.
-constexpr uint32_t kIgnored = UINT32_MAX - 1;
+// A target is kept in 16 bits, two in a register; these two are above every class.
+constexpr uint32_t kIgnored = 0xfffe;
+constexpr uint32_t kOutOfRange = 0xffff;
 
 struct TargetMap {
     LabelMap map;
@@ -24,7 +25,9 @@ struct TargetMap {
     template <class T>
     __device__ uint32_t at(int64_t pixel) const {
         const T label = __ldg(static_cast<const T*>(map.data) + pixel);
-        return has_ignore && int64_t{label} == ignore_index ? kIgnored : narrow(int64_t{label});
+        if (has_ignore && int64_t{label} == ignore_index) return kIgnored;
+        const uint32_t code = narrow(int64_t{label});
+        return code < kIgnored ? code : kOutOfRange;
     }
 };
 
@@ -36,7 +39,7 @@ struct CountedLabels {
     int64_t height, width;
 
     template <class T>
-    __device__ void load(const TilePlace& place, int y, int x, uint32_t (&codes)[kSide][kSide]) const {
+    __device__ void load(const TilePlace& place, int y, int x, uint32_t (&codes)[kSide][kSide / 2]) const {
 #pragma unroll
         for (int i = 0; i < kSide; ++i) {
             const int row = place.y + y + i;
@@ -44,13 +47,15 @@ struct CountedLabels {
             for (int j = 0; j < kSide; ++j) {
                 const int column = place.x + x + j;
                 const bool there = row >= 0 && row < height && column >= 0 && column < width;
-                codes[i][j] = there ? target.at<T>((place.image * height + row) * width + column) : kIgnored;
+                const uint32_t code =
+                    there ? target.at<T>((place.image * height + row) * width + column) : kIgnored;
+                codes[i][j / 2] |= code << 16 * (j % 2);
             }
         }
     }
 
     __device__ void operator()(const TilePlace& place, int y, int x, const uint32_t (&labels)[kSide]) const {
-        uint32_t codes[kSide][kSide];
+        uint32_t codes[kSide][kSide / 2] = {};
         switch (target.map.type) {
             case LabelType::u8:
                 load<uint8_t>(place, y, x, codes);
@@ -73,7 +78,7 @@ struct CountedLabels {
         for (int i = 0; i < kSide; ++i)
 #pragma unroll
             for (int j = 0; j < kSide; ++j) {
-                const uint32_t code = codes[i][j];
+                const uint32_t code = codes[i][j / 2] >> 16 * (j % 2) & 0xffff;
                 const uint32_t bin = code < classes     ? code * classes + (labels[i] >> 8 * j & 0xff)
                                      : code == kIgnored ? histogram.out + 1
                                                         : histogram.out;
@@ -105,7 +110,7 @@ __global__ void __launch_bounds__(kThreads, 2) count_labels(LabelPlan plan, Coun
     __syncthreads();
     const Histogram histogram{mine, classes * classes, counting.counts, counting.out_of_range};
     CountedLabels sink{histogram, counting.target, classes, plan.rows.output, plan.columns.output};
-    for (int64_t index = blockIdx.x; index < plan.tiles; index += gridDim.x)
+    for (uint32_t index = blockIdx.x; index < plan.tiles; index += gridDim.x)
         label_any_tile<kTapsOfGroup>(plan, index, tile, sink);
     __syncthreads();
     add_histograms(histograms, bins, copies, counting.counts, counting.out_of_range);

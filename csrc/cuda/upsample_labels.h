@@ -43,10 +43,11 @@ struct TilePlace {
     int64_t image;
     int y, x, source_y, source_x;
 
-    __device__ TilePlace(const LabelPlan& plan, int64_t tile) {
-        image = tile / (plan.tiles_y * plan.tiles_x);
-        y = static_cast<int>(plan.rows.group_pixel(tile / plan.tiles_x % plan.tiles_y * plan.groups_y));
-        x = static_cast<int>(plan.columns.group_pixel(tile % plan.tiles_x * plan.groups_x));
+    __device__ TilePlace(const LabelPlan& plan, uint32_t tile) {
+        const uint32_t row = tile / plan.tiles_x;
+        image = row / plan.tiles_y;
+        y = plan.rows.first + static_cast<int>(row % plan.tiles_y) * plan.groups_y * kSide;
+        x = plan.columns.first + static_cast<int>(tile - row * plan.tiles_x) * plan.groups_x * kSide;
         source_y = static_cast<int>(plan.rows.tap(y).low);
         source_x = static_cast<int>(plan.columns.tap(x).low);
     }
@@ -289,7 +290,7 @@ __device__ int deal(const LabelPlan& plan, const TilePlace& place, const LabelTi
 // One tile. sink(place, y, x, labels) takes a group's labels, y and x from the tile's first pixel; pixels
 // outside of the image are among them. All threads come here, and meet before it ends.
 template <int kTapsOfGroup, class Sink>
-__device__ void label_tile(const LabelPlan& plan, int64_t index, const LabelTile& tile, Sink& sink) {
+__device__ void label_tile(const LabelPlan& plan, uint32_t index, const LabelTile& tile, Sink& sink) {
     const TilePlace place(plan, index);
     const int classes = static_cast<int>(plan.logits.classes);
     place_taps(plan, place, tile);
@@ -350,7 +351,7 @@ __device__ int label_of(const LabelPlan& plan, int64_t image, const BilinearTap&
 
 // As label_tile, without shared memory.
 template <class Sink>
-__device__ void label_far_tile(const LabelPlan& plan, int64_t index, Sink& sink) {
+__device__ void label_far_tile(const LabelPlan& plan, uint32_t index, Sink& sink) {
     const TilePlace place(plan, index);
     const int mine = static_cast<int>(threadIdx.x);
     if (mine < plan.groups_y * plan.groups_x) {
@@ -376,9 +377,9 @@ __device__ void label_far_tile(const LabelPlan& plan, int64_t index, Sink& sink)
     __syncthreads();
 }
 
-// Every tile of the launch that is this block's. kTapsOfGroup: the plan's `taps`
+// kTapsOfGroup: the plan's `taps`
 template <int kTapsOfGroup, class Sink>
-__device__ void label_any_tile(const LabelPlan& plan, int64_t index, const LabelTile& tile, Sink& sink) {
+__device__ void label_any_tile(const LabelPlan& plan, uint32_t index, const LabelTile& tile, Sink& sink) {
     if constexpr (kTapsOfGroup > 0)
         label_tile<kTapsOfGroup>(plan, index, tile, sink);
     else
