@@ -234,6 +234,8 @@ def test_upsampled_counts_of_every_target(emulated, dtype):
     target = label_map((2, 36, 44), dtype, 5, seed=11, run=9)
     if dtype is torch.int64:
         target[:, 3] = 2**32 + 1  # 1, were it cut to 32 bits
+    if dtype in (torch.int32, torch.int64):
+        target[:, 5], target[:, 6] = 2**16 + 1, 2**16 - 2  # 1, and "ignored", were they cut to 16
     for ignore in (255, -1, 2, 2**40, None):
         counts = count_upsampled(library, logits, target, ignore)
         assert all(map(torch.equal, counts, counted(labels, target, 5, ignore)))

@@ -89,14 +89,18 @@ struct ByteMap<int64_t> {
     // staged: (kWarpPixels) of this warp
     __device__ Bytes load(const ConfusionArgs& args, int64_t warp_pixel, int lane, uint8_t* staged) const {
         const longlong2* from = reinterpret_cast<const longlong2*>(data + warp_pixel) + lane;
-        longlong2 pairs[kWarpPixels / 64];
-#pragma unroll
-        for (int i = 0; i < kWarpPixels / 64; ++i) pairs[i] = __ldg(from + 32 * i);
         __syncwarp();  // what was staged before has been read
+                       // Four loads in flight: all eight of both maps would not fit in the registers.
+#pragma unroll 1
+        for (int begin = 0; begin < kWarpPixels / 64; begin += 4) {
+            longlong2 pairs[4];
 #pragma unroll
-        for (int i = 0; i < kWarpPixels / 64; ++i)
-            reinterpret_cast<uint16_t*>(staged)[32 * i + lane] =
-                static_cast<uint16_t>(code(args, pairs[i].x) | code(args, pairs[i].y) << 8);
+            for (int i = 0; i < 4; ++i) pairs[i] = __ldg(from + 32 * (begin + i));
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                reinterpret_cast<uint16_t*>(staged)[32 * (begin + i) + lane] =
+                    static_cast<uint16_t>(code(args, pairs[i].x) | code(args, pairs[i].y) << 8);
+        }
         __syncwarp();
         return bytes(reinterpret_cast<const uint4*>(staged)[lane]);
     }

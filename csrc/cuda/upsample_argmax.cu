@@ -56,8 +56,10 @@ __device__ void write_tile(const LabelPlan& plan, const TilePlace& place, const 
 }
 
 // One tile. Shared memory: the LabelTile, then the staged labels.
+// The three taps of a ratio that is not whole need more registers on sm_100 and 120 than two blocks leave.
 template <int kTapsOfGroup>
-__global__ void __launch_bounds__(kThreads, 2) write_labels(LabelPlan plan, uint8_t* labels) {
+__global__ void __launch_bounds__(kThreads, kTapsOfGroup == 3 ? 1 : 2)
+    write_labels(LabelPlan plan, uint8_t* labels) {
     extern __shared__ uint4 shared[];
     const LabelTile tile(plan, shared);
     StagedLabels sink{reinterpret_cast<uint8_t*>(shared) + plan.shared, staged_pitch(plan)};

@@ -97,7 +97,8 @@ struct Counting {
 
 // Shared memory: the LabelTile, then (copies, K*K + 1) int32.
 template <int kTapsOfGroup>
-__global__ void __launch_bounds__(kThreads, 2) count_labels(LabelPlan plan, Counting counting) {
+__global__ void __launch_bounds__(kThreads, kTapsOfGroup == 3 ? 1 : 2)
+    count_labels(LabelPlan plan, Counting counting) {
     extern __shared__ uint4 shared[];
     const LabelTile tile(plan, shared);
     const uint32_t classes = static_cast<uint32_t>(plan.logits.classes);

@@ -236,6 +236,7 @@ struct Group {
                 corner[i][j] = tile.logits + ((rows.at + rows.step[i]) * plan.source_columns + columns.at +
                                               columns.step[j]) *
                                                  plan.pitch;
+#pragma unroll 1
         for (int k = begin; k < end; ++k) {
             float v[kTapsOfGroup][kTapsOfGroup];  // column, row
 #pragma unroll
