@@ -1,25 +1,7 @@
 #pragma once
 
-#include <cstdint>
-
-#include "../types.h"
+#include "../upsample_argmax.h"
 #include "kernels.h"
-
-// Low-resolution logits (batch, classes, height, width). Steps are in elements, and that of the classes or
-// that of the columns is 1.
-struct LogitsMap {
-    const void* data;
-    DType type;
-    int64_t batch, classes, height, width;
-    int64_t image_step, class_step, row_step, column_step;
-};
-
-struct UpsampleArgmaxArgs {
-    LogitsMap logits;
-    int64_t height, width;  // of the result
-    bool align_corners;
-    uint8_t* labels;  // (batch, height, width)
-};
 
 // At most `threads` threads. False: out of memory.
 DECLARE_CPU_KERNEL(upsample_argmax, bool(const UpsampleArgmaxArgs& args, int threads))

@@ -1,16 +1,7 @@
 #pragma once
 
-#include "../confusion_matrix.h"
-#include "upsample_argmax.h"
-
-struct UpsampleConfusionArgs {
-    UpsampleArgmaxArgs upsample;  // without `labels`
-    LabelMap target;              // (batch, height, width)
-    bool has_ignore;
-    int64_t ignore_index;
-    int64_t* counts;        // (K, K), rows are the truth; added to
-    int64_t* out_of_range;  // scalar; added to
-};
+#include "../upsample_confusion_matrix.h"
+#include "kernels.h"
 
 // At most `threads` threads. False: out of memory.
 DECLARE_CPU_KERNEL(upsample_confusion_matrix, bool(const UpsampleConfusionArgs& args, int threads))

@@ -3,11 +3,15 @@
 #pragma once
 
 #include "../confusion_matrix.h"
+#include "../upsample_argmax.h"
+#include "../upsample_confusion_matrix.h"
 
 using CudaStream = void*;  // cudaStream_t
 
 namespace cuda {
 
 void confusion_matrix(const ConfusionArgs& args, int device, CudaStream stream);
+void upsample_argmax(const UpsampleArgmaxArgs& args, int device, CudaStream stream);
+void upsample_confusion_matrix(const UpsampleConfusionArgs& args, int device, CudaStream stream);
 
 }  // namespace cuda

@@ -77,8 +77,7 @@ def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: 
         *(target.numel(), num_classes, ignore_index, counts.data_ptr(), out_of_range.data_ptr()),
     )
     if target.is_cuda:
-        stream = torch.cuda.current_stream(target.device).cuda_stream
-        native.kernels().confusion_matrix_cuda(*arguments, target.device.index, stream)
+        native.kernels().confusion_matrix_cuda(*arguments, *native.device_and_stream(target))
     else:
         native.kernels().confusion_matrix_cpu(*arguments, torch.get_num_threads())
     return counts, out_of_range
@@ -86,7 +85,7 @@ def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: 
 
 # AMD EPYC (AVX-512), 2 threads, 1024 x 2048 int64, 19 classes, real-looking maps / random labels: native .40 / 1.5 ms,
 # reference 9.1 / 11, masked torch.bincount 23 / 23, numpy 11 / 11 (benchmarks/results/amd_epyc.json).
-# The CUDA kernel is compiled and has never run on a GPU: `auto` takes the reference there.
+# The CUDA kernel runs in an emulator (tests/test_cuda_emulator.py) and has not been timed on a GPU.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(confusion_matrix_reference, dispatch.always, measured=("cpu", "cuda")),

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 NOT_BUILT = "deeplab_fast._C is not built"
-FLOAT_DTYPES = (torch.float32, torch.bfloat16)  # csrc/types.h: DType
+FLOAT_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernels
+CUDA_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.float16)  # csrc/types.h: DType
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc/confusion_matrix.h: LabelType
 ACTIVATIONS = ("none", "relu", "relu6")  # csrc/types.h: Activation
 
@@ -37,16 +38,32 @@ def kernels() -> ModuleType:
 
 def cpu_why_not(*tensors: Tensor | None) -> str | None:
     """None where the CPU kernels take these tensors, all of one dtype of FLOAT_DTYPES on the CPU, else the reason."""
-    first = tensors[0]
-    if first.device.type != "cpu":
-        return f"there is no native kernel of it for the device {first.device}"
-    if reason := why_not(first.device):
-        return reason
-    for x in tensors:
-        if x is not None and (x.dtype not in FLOAT_DTYPES or x.dtype != first.dtype):
-            given = ", ".join(sorted({str(x.dtype).removeprefix("torch.") for x in tensors if x is not None}))
-            return f"the CPU kernels take float32 or bfloat16, one for all, and got {given}"
-    return None
+    device = tensors[0].device
+    if device.type != "cpu":
+        return f"there is no native kernel of it for the device {device}"
+    return why_not(device) or _dtypes_why_not(tensors, FLOAT_DTYPES, "the CPU kernels take float32 or bfloat16")
+
+
+def float_why_not(*tensors: Tensor | None) -> str | None:
+    """The same for an op with kernels of both kinds; those of CUDA take CUDA_FLOAT_DTYPES."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return cpu_why_not(*tensors)
+    taken = "the CUDA kernels take float32, bfloat16 or float16"
+    return why_not(device) or _dtypes_why_not(tensors, CUDA_FLOAT_DTYPES, taken)
+
+
+def _dtypes_why_not(tensors: tuple[Tensor | None, ...], dtypes: tuple[torch.dtype, ...], taken: str) -> str | None:
+    given = {x.dtype for x in tensors if x is not None}
+    if len(given) == 1 and given <= set(dtypes):
+        return None
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in given))
+    return f"{taken}, one for all, and got {names}"
+
+
+def device_and_stream(x: Tensor) -> tuple[int, int]:
+    """What every CUDA launcher takes last: the index of x's device, and torch's current stream of it as a number."""
+    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -49,23 +49,28 @@ def upsample_argmax(
 
 
 def _native_why_not(logits: Tensor, *_: object) -> str | None:
-    return native.cpu_why_not(logits)
+    return native.float_why_not(logits)
 
 
 def _native(logits: Tensor, size: list[int], align_corners: bool) -> Tensor:
-    # The kernel reads rows of pixels as well as rows of classes; only other strides need a copy.
+    # The kernels read rows of pixels as well as rows of classes; only other strides need a copy.
     if logits.stride(1) != 1 and logits.stride(3) != 1:
         logits = native.channels_last(logits)
     labels = logits.new_empty((logits.shape[0], *size), dtype=torch.uint8)
-    native.kernels().upsample_argmax_cpu(
-        *(logits.data_ptr(), native.FLOAT_DTYPES.index(logits.dtype), logits.shape, logits.stride()),
-        *(size, align_corners, labels.data_ptr(), torch.get_num_threads()),
+    arguments = (
+        *(logits.data_ptr(), native.CUDA_FLOAT_DTYPES.index(logits.dtype), logits.shape, logits.stride()),
+        *(size, align_corners, labels.data_ptr()),
     )
+    if logits.is_cuda:
+        native.kernels().upsample_argmax_cuda(*arguments, *native.device_and_stream(logits))
+    else:
+        native.kernels().upsample_argmax_cpu(*arguments, torch.get_num_threads())
     return labels
 
 
 # AMD EPYC (AVX-512), torch 2.13, 2 threads, 19 x 128 x 256 to 512 x 1024, random / smooth logits: native .79 / .54 ms
 # in fp32 and .71 / .53 in bf16, eager channels-last 13 to 18 and 23.
+# The CUDA kernel runs in an emulator (tests/test_cuda_emulator.py) and has not been timed on a GPU.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(upsample_argmax_reference, dispatch.always, measured=("cpu", "cuda")),

@@ -20,7 +20,8 @@ from .confusion_matrix import confusion_matrix_reference
 from .precision import compute_dtype
 
 LARGEST_CLASSES = 32_768  # a bin is a 32-bit number
-LARGEST_NATIVE_CLASSES = 1024  # a table of counts for each thread: 8 MiB at most
+# The CPU has a table of counts for each thread, 8 MiB at most; on CUDA a label is a byte.
+LARGEST_NATIVE_CLASSES = {"cpu": 1024, "cuda": 256}
 
 
 def upsample_confusion_matrix_reference(
@@ -68,29 +69,36 @@ def upsample_confusion_matrix(
 
 
 def _native_why_not(logits: Tensor, *_: object) -> str | None:
-    if logits.shape[1] > LARGEST_NATIVE_CLASSES:
-        return f"the CPU kernel takes at most {LARGEST_NATIVE_CLASSES} classes, and got {logits.shape[1]}"
-    return native.cpu_why_not(logits)
+    if reason := native.float_why_not(logits):
+        return reason
+    if logits.shape[1] > (most := LARGEST_NATIVE_CLASSES[logits.device.type]):
+        return f"the {logits.device.type.upper()} kernel takes at most {most} classes, and got {logits.shape[1]}"
+    return None
 
 
 def _native(logits: Tensor, target: Tensor, ignore_index: int | None, align_corners: bool) -> tuple[Tensor, Tensor]:
-    # The kernel reads rows of pixels as well as rows of classes; only other strides need a copy.
+    # The kernels read rows of pixels as well as rows of classes; only other strides need a copy.
     if logits.stride(1) != 1 and logits.stride(3) != 1:
         logits = native.channels_last(logits)
     target = target.contiguous()
     classes = logits.shape[1]
     counts = target.new_zeros((classes, classes), dtype=torch.int64)
     out_of_range = target.new_zeros((), dtype=torch.int64)
-    native.kernels().upsample_confusion_matrix_cpu(
-        *(logits.data_ptr(), native.FLOAT_DTYPES.index(logits.dtype), logits.shape, logits.stride()),
+    arguments = (
+        *(logits.data_ptr(), native.CUDA_FLOAT_DTYPES.index(logits.dtype), logits.shape, logits.stride()),
         *(target.shape[1:], align_corners, target.data_ptr(), native.LABEL_DTYPES.index(target.dtype), ignore_index),
-        *(counts.data_ptr(), out_of_range.data_ptr(), torch.get_num_threads()),
+        *(counts.data_ptr(), out_of_range.data_ptr()),
     )
+    if logits.is_cuda:
+        native.kernels().upsample_confusion_matrix_cuda(*arguments, *native.device_and_stream(logits))
+    else:
+        native.kernels().upsample_confusion_matrix_cpu(*arguments, torch.get_num_threads())
     return counts, out_of_range
 
 
 # AMD EPYC (AVX-512), torch 2.13, 2 threads, 19 x 128 x 256 to 512 x 1024, uint8 target, random / smooth logits: native
 # 1.0 / .83 ms in fp32 and .92 / .81 in bf16; eager upsample, argmax and masked bincount 20 to 23 and 29 to 31.
+# The CUDA kernel runs in an emulator (tests/test_cuda_emulator.py) and has not been timed on a GPU.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(upsample_confusion_matrix_reference, dispatch.always, measured=("cpu", "cuda")),

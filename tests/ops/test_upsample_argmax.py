@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,18 @@ def test_any_strides_and_alignment(backend, device, layout, dtype):
     assert_labels(upsample_argmax(expanded, (12, 13), backend=backend), expanded, (12, 13), False)
 
 
+@on_each_backend
+@on_each_corner
+def test_fp16(backend, device, align_corners):
+    if (backend, device) == ("native", "cpu"):
+        pytest.skip("the CPU kernels take no float16")
+    for shape, size in SHAPES:
+        logits = smooth_logits(shape, seed=7, dtype=torch.float16).to(device)
+        labels = upsample_argmax(logits, size, align_corners=align_corners, backend=backend)
+        assert dispatch.last_backend(OP) == backend
+        assert_labels(labels, logits, size, align_corners)
+
+
 @on_each_corner
 def test_ties_go_to_the_lowest_class(instruction_set, align_corners):
     """Few values, so that most pixels have several largest logits; the weights are exact in fp32."""
@@ -185,6 +198,18 @@ def test_other_dtypes_take_the_reference(dtype):
         upsample_argmax(logits, (24, 28), backend="native")
 
 
+def test_what_the_cuda_kernels_take(monkeypatch):
+    """Asked of stand-ins for tensors, so that no GPU is needed."""
+    monkeypatch.setattr(native, "why_not", lambda device: None)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert native.float_why_not(SimpleNamespace(device=torch.device("cuda", 0), dtype=dtype)) is None
+    double = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64)
+    assert native.float_why_not(double) == (
+        "the CUDA kernels take float32, bfloat16 or float16, one for all, and got float64"
+    )
+    assert "no native kernel of it for the device cuda:0" in native.cpu_why_not(double)
+
+
 @on_each_backend
 def test_opcheck(backend, device):
     logits = random_logits((2, 5, 6, 7)).to(device)
@@ -195,6 +220,21 @@ def test_opcheck(backend, device):
 def test_has_no_gradient(backend, device):
     logits = random_logits((1, 5, 6, 7)).to(device).requires_grad_()
     assert not upsample_argmax(logits, (12, 13), backend=backend).requires_grad
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("backend", list(dispatch.OPS[OP].backends))
+def test_captured_in_a_cuda_graph(backend):
+    logits = random_logits((2, 19, 32, 64)).cuda()
+    if reason := dispatch.explain(OP, logits, [128, 256], False)[backend]:
+        pytest.skip(reason)
+    upsample_argmax(logits, (128, 256), backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        labels = upsample_argmax(logits, (128, 256), backend=backend)
+    logits.copy_(logits.flip(0))
+    graph.replay()
+    assert_labels(labels, logits, (128, 256), False)
 
 
 def test_compile_and_export_hold_one_op_and_name_no_backend(tmp_path):

@@ -9,7 +9,7 @@ from torch import Tensor
 from deeplab_fast.errors import UserError
 from deeplab_fast.ops import confusion_matrix, dispatch, native, upsample_argmax, upsample_confusion_matrix
 from deeplab_fast.ops.native import LABEL_DTYPES
-from deeplab_fast.ops.upsample_confusion_matrix import upsample_confusion_matrix_reference
+from deeplab_fast.ops.upsample_confusion_matrix import LARGEST_NATIVE_CLASSES, upsample_confusion_matrix_reference
 from deeplab_fast.testing import assert_close, backends
 
 OP = "upsample_confusion_matrix"
@@ -74,6 +74,8 @@ def check(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape, size", SHAPES, ids=str)
 def test_counts_the_upsampled_labels(backend, device, shape, size, dtype, align_corners):
+    if backend == "native" and shape[1] > (most := LARGEST_NATIVE_CLASSES[device]):
+        pytest.skip(f"the kernel takes at most {most} classes")
     for coarse, run in ((1, 1), (1, 400), (9, 30), (100, 4000)):
         logits = random_logits(shape, seed=0, dtype=dtype, coarse=coarse).to(device)
         target = random_target((shape[0], *size), shape[1], seed=1, run=run, dtype=torch.int16).to(device)
@@ -190,6 +192,22 @@ def test_has_no_gradient(backend, device):
     logits = random_logits((1, 5, 6, 7), seed=13).to(device).requires_grad_()
     target = random_target((1, 12, 13), 5, seed=14).to(device)
     assert not any(x.requires_grad for x in upsample_confusion_matrix(logits, target, backend=backend))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+@pytest.mark.parametrize("backend", list(dispatch.OPS[OP].backends))
+def test_captured_in_a_cuda_graph(backend):
+    logits = random_logits((2, 19, 32, 64), seed=17).cuda()
+    target = random_target((2, 128, 256), 19, seed=18).cuda()
+    if reason := dispatch.explain(OP, logits, target, 255, False)[backend]:
+        pytest.skip(reason)
+    upsample_confusion_matrix(logits, target, backend=backend)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        counted = upsample_confusion_matrix(logits, target, backend=backend)
+    target.copy_(target.flip(0))
+    graph.replay()
+    assert all(map(torch.equal, counted, upsample_confusion_matrix(logits, target, backend=backend)))
 
 
 def test_compile_and_export_hold_one_op_and_name_no_backend(tmp_path):

@@ -1,0 +1,252 @@
+// A CUDA runtime of one host thread, for the kernels of csrc/cuda: blocks run one after another, the threads of a
+// block as fibers that change at barriers. tests/test_cuda_emulator.py compiles a .cu over it as C++.
+//
+// Emulated: grids and blocks in one dimension, dynamic shared memory (poisoned before each block, with guards on both
+// sides), __syncthreads, __syncthreads_or, __syncwarp, integer atomics, the intrinsics below. A barrier that some
+// threads never reach is an error. Threads run upwards or downwards between barriers, as `descending` says, so that most
+// missing barriers give a wrong result in one of the two.
+// Not emulated: warp shuffles and votes, static shared memory, asynchronous copies, matrix instructions, textures,
+// alignment faults, memory order. Nothing else of the runtime is there either: a launcher that allocated, copied or
+// waited would not compile.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <vector>
+
+#define __CUDACC__
+#define __host__
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __shared__ static_assert(false, "shared memory is dynamic in these kernels")
+
+struct Dim3 {
+    unsigned x, y, z;
+};
+struct uint4 {
+    uint32_t x, y, z, w;
+};
+struct longlong2 {
+    long long x, y;
+};
+
+namespace emulator {
+
+constexpr size_t kGuard = 64;
+constexpr size_t kStack = 96 << 10;
+constexpr int kWarp = 32;
+
+struct Settings {
+    int shared_limit, multiprocessors;
+    bool descending;
+};
+struct Launch {
+    unsigned blocks, threads;
+    size_t shared;
+    void* stream;
+    int device;
+};
+
+inline Settings settings{227 << 10, 2, false};
+inline Launch last{};
+inline int launches = 0;
+inline int current_device = 7;
+inline size_t allowed = 48 << 10;
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    enum { ready, at_block, at_warp, done } state;
+};
+
+inline std::vector<std::unique_ptr<Fiber>> fibers;
+inline ucontext_t scheduler;
+inline unsigned running = 0;
+inline const std::function<void()>* body = nullptr;
+inline std::vector<unsigned char> memory;
+inline int votes[2] = {0, 0};  // of this barrier of __syncthreads_or, and of the one before
+inline unsigned block_of_fiber = 0;
+
+inline unsigned char* shared() { return memory.data() + kGuard; }
+
+inline void run_fiber() {
+    (*body)();
+    fibers[running]->state = Fiber::done;
+    swapcontext(&fibers[running]->context, &scheduler);
+}
+
+inline void wait(decltype(Fiber::state) where) {
+    fibers[running]->state = where;
+    swapcontext(&fibers[running]->context, &scheduler);
+}
+
+// Lets through the fibers of [begin, end) that all wait at `where`. Whether they did.
+inline bool release(unsigned begin, unsigned end, decltype(Fiber::state) where) {
+    for (unsigned i = begin; i < end; ++i)
+        if (fibers[i]->state != where) return false;
+    for (unsigned i = begin; i < end; ++i) fibers[i]->state = Fiber::ready;
+    return true;
+}
+
+inline void run_block(unsigned threads);
+
+}  // namespace emulator
+
+inline Dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+
+inline void start(unsigned threads) {
+    while (fibers.size() < threads) {
+        fibers.push_back(std::make_unique<Fiber>());
+        fibers.back()->stack.resize(kStack);
+    }
+    for (unsigned i = 0; i < threads; ++i) {
+        getcontext(&fibers[i]->context);
+        fibers[i]->context.uc_stack.ss_sp = fibers[i]->stack.data();
+        fibers[i]->context.uc_stack.ss_size = kStack;
+        fibers[i]->context.uc_link = nullptr;
+        makecontext(&fibers[i]->context, run_fiber, 0);
+        fibers[i]->state = Fiber::ready;
+    }
+}
+
+inline void run_block(unsigned threads) {
+    start(threads);
+    for (;;) {
+        bool ran = false;
+        for (unsigned n = 0; n < threads; ++n) {
+            const unsigned i = settings.descending ? threads - 1 - n : n;
+            if (fibers[i]->state != Fiber::ready) continue;
+            running = i;
+            threadIdx = {i, 0, 0};
+            swapcontext(&scheduler, &fibers[i]->context);
+            ran = true;
+        }
+        bool released = false;
+        for (unsigned w = 0; w < threads; w += kWarp)
+            released |= release(w, w + kWarp < threads ? w + kWarp : threads, Fiber::at_warp);
+        if (!released && release(0, threads, Fiber::at_block)) {
+            votes[1] = votes[0];
+            votes[0] = 0;
+            released = true;
+        }
+        if (release(0, threads, Fiber::done)) return;
+        if (!ran && !released) throw std::runtime_error("a barrier that not all threads reach");
+    }
+}
+
+// What `kernel<<<blocks, threads, shared, stream>>>(...)` is turned into.
+inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream, const std::function<void()>& kernel) {
+    if (blocks == 0 || threads == 0 || threads > 1024) throw std::runtime_error("an empty or too large launch");
+    if (bytes > allowed || bytes > static_cast<size_t>(settings.shared_limit))
+        throw std::runtime_error("more shared memory than was asked for");
+    last = {blocks, threads, bytes, stream, current_device};
+    ++launches;
+    body = &kernel;
+    blockDim = {threads, 1, 1};
+    gridDim = {blocks, 1, 1};
+    for (unsigned block = 0; block < blocks; ++block) {
+        memory.assign(bytes + 2 * kGuard, 0xff);  // NaN as a float, -1 as a number
+        blockIdx = {block, 0, 0};
+        run_block(threads);
+        for (size_t i = 0; i < kGuard; ++i)
+            if (memory[i] != 0xff || memory[kGuard + bytes + i] != 0xff)
+                throw std::runtime_error("a write outside of shared memory");
+    }
+}
+
+}  // namespace emulator
+
+// --- the device's functions ---
+
+inline void __syncthreads() { emulator::wait(emulator::Fiber::at_block); }
+inline void __syncwarp() { emulator::wait(emulator::Fiber::at_warp); }
+inline int __syncthreads_or(int predicate) {
+    emulator::votes[0] |= predicate != 0;
+    __syncthreads();
+    return emulator::votes[1];
+}
+template <class T>
+T __ldg(const T* p) {
+    return *p;
+}
+template <class T, class V>
+T atomicAdd(T* to, V value) {
+    static_assert(!std::is_floating_point_v<T>, "atomics on floats are not repeatable");
+    const T before = *to;
+    *to = static_cast<T>(before + static_cast<T>(value));
+    return before;
+}
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
+inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, uint32_t shift) {
+    return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline int __popc(uint32_t x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __uint_as_float(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+}
+inline uint32_t __float_as_uint(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof(x));
+    return bits;
+}
+struct __half {
+    uint16_t bits;
+};
+inline __half __ushort_as_half(uint16_t bits) { return {bits}; }
+inline float __half2float(__half h) {
+    _Float16 x;
+    std::memcpy(&x, &h.bits, sizeof(x));
+    return static_cast<float>(x);
+}
+
+// --- the runtime's ---
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrMultiProcessorCount };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+
+inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
+inline const char* cudaGetErrorName(cudaError_t) { return "emulated"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = emulator::current_device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+    emulator::current_device = device;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
+    *value = name == cudaDevAttrMultiProcessorCount ? emulator::settings.multiprocessors
+                                                    : emulator::settings.shared_limit;
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+    if (value > emulator::settings.shared_limit) return cudaErrorInvalidValue;
+    emulator::allowed = static_cast<size_t>(value);
+    return cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+    *blocks = 2;
+    return cudaSuccess;
+}

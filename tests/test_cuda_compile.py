@@ -1,0 +1,85 @@
+"""Every .cu for every chip that is built for: no warning, no spill, registers that leave room for other blocks, and no
+atomic on floats. nvcc asks for no GPU."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+CHIPS = re.search(r"CUDA_ARCHITECTURES_WANTED ([\d ]+)\)", CMAKE)[1].split()
+# Registers of a thread, of 65,536 for a multiprocessor: blocks of 256 threads of which 2 are to fit, or 4; one of the
+# kernels with three taps (<3>: ILi3E).
+REGISTERS = {"confusion_matrix": 64, "upsample_argmax": 128, "upsample_confusion_matrix": 128}
+THREE_TAPS = 168
+WARNINGS = ("-Werror", "all-warnings", "-Xcompiler=-Wall,-Wextra,-Werror")
+
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed")
+
+
+class Kernel(NamedTuple):
+    name: str
+    chip: str
+    registers: int
+    stack: int
+    spills: int
+
+
+def kernels(report: str) -> list[Kernel]:
+    """What ptxas says under -v, for each kernel and chip."""
+    pattern = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'\n.*?"
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n.*?Used (\d+) registers"
+    )
+    found = re.findall(pattern, report, flags=re.DOTALL)
+    return [Kernel(name, chip, int(used), int(stack), int(a) + int(b)) for name, chip, stack, a, b, used in found]
+
+
+def known_chips() -> list[str]:
+    listed = subprocess.run([NVCC, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    return [chip for chip in CHIPS if f"compute_{chip}" in listed]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_compiles_for_every_chip_without_spills(source, tmp_path):
+    chips = known_chips()
+    targets = [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas=-v", *WARNINGS, *targets]
+    result = subprocess.run(
+        [*command, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = kernels(result.stdout + result.stderr)
+    assert {kernel.chip for kernel in found} == set(chips)
+    for kernel in found:
+        assert kernel.stack == kernel.spills == 0, kernel
+        most = THREE_TAPS if "ILi3E" in kernel.name else REGISTERS[source.stem]
+        assert kernel.registers <= most, kernel
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_ptx(source, tmp_path):
+    """Vector loads and stores where they are meant, and sums that no order changes."""
+    out = tmp_path / "out.ptx"
+    subprocess.run([NVCC, "-std=c++17", "-O3", "-arch=compute_80", "-ptx", str(source), "-o", str(out)], check=True)
+    ptx = out.read_text()
+    assert not re.search(r"\b(atom|red)\.[\w.]*\.(f16|f16x2|bf16|bf16x2|f32|f64)\b", ptx)
+    assert not re.search(r"\b(ld|st)\.local\b", ptx)
+    if source.stem == "confusion_matrix":
+        assert re.search(r"ld\.global\.nc\.v4\.[bu]32", ptx) and re.search(r"ld\.global\.nc\.v2\.[bus]64", ptx)
+    else:
+        assert "fma.rn.f32" in ptx and re.search(r"ld\.shared\.[bf]32", ptx)
+    if source.stem == "upsample_argmax":
+        assert re.search(r"st\.global\.[bu]32", ptx)  # four labels at once
+
+
+def test_every_source_has_a_bound():
+    assert {path.stem for path in SOURCES} == set(REGISTERS)
