@@ -70,7 +70,7 @@ class ModelConfig:
     name: Annotated[Literal["deeplabv3", "deeplabv3plus"], tyro.conf.arg(name="model")] = "deeplabv3plus"
     """architecture"""
     backbone: str = "mobilenet_v2"
-    """resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2"""
+    """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
     beta_stem: bool = False
@@ -78,7 +78,8 @@ class ModelConfig:
     output_stride: Literal[8, 16, 32] = 16
     """input size over the size of the backbone's last feature map"""
     multi_grid: tuple[int, int, int] = (1, 1, 1)
-    """ResNet only: factors of the dilation in the last stage's three blocks (DeepLabv3, section 3.2)"""
+    """factors of the dilation in a ResNet's last three blocks or an Xception's last three convolutions (DeepLabv3,
+    section 3.2)"""
     first_block_dilation: Literal["stage", "previous"] = "stage"
     """dilation of the first block of a stage that lost its stride: its stage's, or that of the stage before it, as
     in torchvision"""

@@ -1,4 +1,4 @@
-"""The same graphs as torchvision and segmentation_models_pytorch, by tensor names, shapes and results."""
+"""The same graphs as torchvision, timm and segmentation_models_pytorch, by tensor names, shapes and results."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast.model import build_model
+from deeplab_fast.model.xception import from_timm
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -169,3 +170,41 @@ def test_mobilenet_widths_are_torchvisions(torchvision_models, width_mult: float
     x = torch.randn(1, 3, 33, 50)
     with torch.no_grad():
         torch.testing.assert_close(model.backbone(x)[1], peer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "stride"), [("xception41", 32), ("xception65", 16), ("xception71", 8)])
+def test_timm_xception(torchvision_models, name: str, stride: int) -> None:
+    timm = pytest.importorskip("timm")
+    peer = timm.create_model(name, pretrained=False).eval()
+    randomise(peer)
+    if stride < 32:  # Its own output_stride leaves out shortcuts that the weights have.
+        dilate(peer, stride)
+    model = build_model(backbone=name, num_classes=2, output_stride=stride).eval()
+    model.backbone.load_state_dict(from_timm(peer.state_dict()))
+    x = torch.randn(1, 3, 65, 98)
+    low_level, features = peer.blocks[model.backbone.low_level_block].stack.conv2, peer.forward_features
+    seen = []
+    # The ReLU that follows is in place.
+    low_level.register_forward_hook(lambda _m, _x, y: seen.append(y.clone()))
+    expected = features(x)
+    ours = model.backbone(x)
+    for actual, wanted in zip(ours, (seen[0], expected), strict=True):
+        scale = wanted.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+def dilate(peer: nn.Module, stride: int) -> None:
+    """Strides beyond `stride` become the dilation of what follows."""
+    reached, dilation = 2, 1
+    for block in peer.blocks:
+        own = block.stack.conv3.conv_dw.stride[0]
+        replaced = own > 1 and reached * own > stride
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (dilation, dilation)
+                if replaced:
+                    module.stride = (1, 1)
+        reached, dilation = reached * (1 if replaced else own), dilation * (own if replaced else 1)

@@ -13,8 +13,9 @@ from .layers import resize
 from .mobilenet import MobileNetV2
 from .norm import NORMS
 from .resnet import RESNETS, ResNet
+from .xception import XCEPTIONS, Xception
 
-BACKBONES = (*RESNETS, "mobilenet_v2")
+BACKBONES = (*RESNETS, "mobilenet_v2", *XCEPTIONS)
 
 
 class DeepLab(nn.Module):
@@ -91,11 +92,13 @@ def build_model(
     """A DeepLab with random weights from torch's global random state; keywords as in `ModelConfig`.
 
     name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
-    backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2.
+    backbone: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71.
     output_stride: input size over the size of the last features; strides beyond it become dilation.
-    multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16.
+    multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16; in an Xception's
+        last three convolutions.
     first_block_dilation: whether a block that lost its stride has the dilation of its stage (2, 2, 2 at 16)
-        or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid).
+        or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid). An Xception
+        is always the latter: its blocks have their stride in the last convolution.
     atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
     separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
     norm: see `make_norm`; "group" comes with weight standardisation.
@@ -177,13 +180,18 @@ def _build_backbone(
     output_stride: int,
     multi_grid: tuple[int, ...],
     first_block_dilation: str,
-) -> ResNet | MobileNetV2:
+) -> ResNet | MobileNetV2 | Xception:
     if len(multi_grid) != 3 or min(multi_grid) < 1:
         raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
-    shared = {"norm": norm, "output_stride": output_stride, "first_block_dilation": first_block_dilation}
+    if width_mult != 1.0 and not name.startswith("mobilenet_v2"):
+        raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
+    if beta_stem and name not in RESNETS:
+        raise UserError(f"beta_stem is set: {name} has 3x3 convolutions for a stem already, expected a ResNet backbone")
+    shared = {"norm": norm, "output_stride": output_stride}
+    if name in XCEPTIONS:
+        return Xception(name, multi_grid=multi_grid, **shared)
+    shared["first_block_dilation"] = first_block_dilation
     if name in RESNETS:
-        if width_mult != 1.0:
-            raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
         blocks = RESNETS[name][1][-1]
         if multi_grid != (1, 1, 1) and blocks != 3:
             raise UserError(
@@ -192,8 +200,6 @@ def _build_backbone(
         return ResNet(name, multi_grid=multi_grid, beta=beta_stem, **shared)
     if multi_grid != (1, 1, 1):
         raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
-    if beta_stem:
-        raise UserError(f"beta_stem is set: {name} has one 3x3 stem already, expected a ResNet backbone")
     if not 0 < width_mult < float("inf"):
         raise UserError(f"width_mult is {width_mult}: expected a number above 0")
     return MobileNetV2(width_mult=width_mult, **shared)

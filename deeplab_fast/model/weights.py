@@ -14,9 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import xception
 from .deeplab import DeepLab
 
-# torchvision's IMAGENET1K_V1 files; the last part of a name is the start of the file's SHA-256.
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
+# torchvision's IMAGENET1K_V1 files, and TensorFlow's Xceptions as timm converted them; the last part of a name is the
+# start of the file's SHA-256.
 IMAGENET = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -24,6 +27,9 @@ IMAGENET = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
     "mobilenet_v2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+    "xception41": _TIMM + "tf_xception_41-e6439c97.pth",
+    "xception65": _TIMM + "tf_xception_65-c9ae96e8.pth",
+    "xception71": _TIMM + "tf_xception_71-8eec7df1.pth",
 }
 
 # What an ImageNet file holds beyond the backbone of a DeepLab.
@@ -34,7 +40,7 @@ NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
 
 
 def load_backbone_weights(model: DeepLab, source: str) -> None:
-    """Load weights with torchvision's key names into `model.backbone`.
+    """Load weights with torchvision's key names, or timm's of an Xception, into `model.backbone`.
 
     source: the path of a file, a URL, or a name in `IMAGENET`; downloads are kept in torch.hub's folder.
     The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
@@ -44,6 +50,8 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
     state = read_state_dict(path)
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
         state = inner
+    if "blocks.0.stack.conv1.conv_dw.weight" in state:
+        state = xception.from_timm(state)
     state = {k: v for k, v in state.items() if not k.startswith(IMAGENET_HEADS)}
     _explain_other_kind(model.backbone, state, path)
     _load(model.backbone, state, f"the backbone weights of {path}")
