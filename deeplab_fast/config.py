@@ -70,7 +70,8 @@ class ModelConfig:
     name: Annotated[Literal["deeplabv3", "deeplabv3plus"], tyro.conf.arg(name="model")] = "deeplabv3plus"
     """architecture"""
     backbone: str = "mobilenet_v2"
-    """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71"""
+    """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65, xception71, or another
+    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
     beta_stem: bool = False
@@ -107,6 +108,13 @@ class ModelConfig:
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
     """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+    activation: Literal["relu", "leaky_relu"] = "relu"
+    """ResNet only: what follows a norm, in the head too; leaky_relu has InPlaceABN's slope of 0.01"""
+    aspp_activation: bool = True
+    """the activation after ASPP's norms"""
+    pixels: Literal["imagenet", "symmetric", "bgr_unit"] = "imagenet"
+    """what the backbone is given: RGB normalised by ImageNet's mean and deviation, RGB from -1 to 1 (TensorFlow's
+    Xception), or BGR from 0 to 1; the input is converted"""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +38,14 @@ IMAGENET_HEADS = ("fc.", "classifier.", "features.18.")
 
 # The keys under which training scripts keep the state_dict.
 NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
+
+# Training scripts keep their best score as a number of NumPy's. Under both names that the function has had.
+_NUMPY_SCALARS: list[Any] = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+]
 
 
 def load_backbone_weights(model: DeepLab, source: str) -> None:
@@ -73,7 +82,8 @@ def read_file(path: str | Path) -> Any:
     """What torch.save wrote to the file, on the CPU; tensors and plain Python types only, no code is run."""
     path = Path(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such weights file") from error
     except (
@@ -143,8 +153,8 @@ def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own]
     if missing or unknown:
-        found = [f"lack {_some(missing)}"] if missing else []
-        found += [f"hold {_some(unknown)}, unknown to it"] if unknown else []
+        found = [f"lack {some_of(missing)}"] if missing else []
+        found += [f"hold {some_of(unknown)}, unknown to it"] if unknown else []
         raise UserError(f"{what} are not for this model: they {' and '.join(found)}")
     shapes = [
         f"{k} is {tuple(v.shape)} where the model has {tuple(own[k].shape)}"
@@ -152,9 +162,10 @@ def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
         if v.shape != own[k].shape
     ]
     if shapes:
-        raise UserError(f"{what} have other shapes: {_some(shapes)}")
+        raise UserError(f"{what} have other shapes: {some_of(shapes)}")
     module.load_state_dict(state, strict=False)
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
