@@ -186,7 +186,8 @@ class RunConfig:
     tensorboard: bool = True
     """write TensorBoard events"""
     weights: str | None = None
-    """weights to start from: a file, a URL, or `imagenet` for torchvision's ImageNet weights of the backbone"""
+    """weights to start from: a file, of this project or of one that `deeplab_fast.load_weights` knows, a URL, or
+    `imagenet` for torchvision's ImageNet weights of the backbone"""
 
 
 # Smallest and largest value of each number that has one; None: no bound. Model fields are checked by build_model.

@@ -14,6 +14,7 @@ import deeplab_fast
 from deeplab_fast.errors import UserError
 from deeplab_fast.model import build_model
 from deeplab_fast.model.importers import Loaded, load_weights
+from deeplab_fast.model.importers.tensors import absolute_scales
 from deeplab_fast.ops.normalize_image import MEAN, STD
 
 from . import restated as peers
@@ -185,6 +186,13 @@ def test_a_classifier_of_other_classes_may_stay(written, hualin95: dict) -> None
     loaded = load_weights(model, written(hualin95), new_classifier=True)
     assert loaded.missing == loaded.left_over == ("classifier.weight", "classifier.bias")
     assert torch.equal(model.state_dict()["backbone.conv1.weight"], hualin95["Resnet101.conv1.weight"])
+
+
+def test_inplace_abn_scales_by_the_absolute_weight_and_an_epsilon() -> None:
+    plain = {f"plain.{k}": torch.tensor([-2.0]) for k in ("weight", "running_mean", "num_batches_tracked")}
+    state = absolute_scales({"abn.weight": torch.tensor([0.0, -2.0]), "abn.running_mean": torch.zeros(2), **plain})
+    torch.testing.assert_close(state["abn.weight"], torch.tensor([1e-5, 2.00001]), rtol=1e-6, atol=0)
+    assert state["plain.weight"] == -2
 
 
 @pytest.mark.parametrize("legacy", [False, True])

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast.model import build_model
+from deeplab_fast.model.importers import load_weights
 from deeplab_fast.model.xception import from_timm
 
 
@@ -208,3 +209,46 @@ def dilate(peer: nn.Module, stride: int) -> None:
                 if replaced:
                     module.stride = (1, 1)
         reached, dilation = reached * (1 if replaced else own), dilation * (own if replaced else 1)
+
+
+def load(peer: nn.Module, path: Path, **fields) -> nn.Module:
+    randomise(peer.eval())
+    torch.save({"state_dict": {f"module.{k}": v for k, v in peer.state_dict().items()}}, path)
+    loaded = load_weights(None, path, **fields)
+    assert not loaded.missing
+    assert all(k.startswith("aux_classifier.") for k in loaded.left_over)
+    return loaded.model
+
+
+@torch.no_grad()
+def test_load_torchvision_deeplabv3(torchvision_models, tmp_path: Path) -> None:
+    peer = torchvision_models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    )
+    x = torch.randn(1, 3, 65, 97)
+    assert_same_logits(load(peer, tmp_path / "file.pth"), peer, peer(x)["out"], x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "encoder", "fields"),
+    [
+        ("DeepLabV3Plus", "resnet34", {}),
+        ("DeepLabV3Plus", "mobilenet_v2", {"output_stride": 8}),
+        ("DeepLabV3", "resnet50", {}),
+        ("DeepLabV3", "mobilenet_v2", {"output_stride": 16}),
+    ],
+)
+def test_load_smp(smp, tmp_path: Path, kind: str, encoder: str, fields: dict) -> None:
+    stride = {"encoder_output_stride": fields["output_stride"]} if fields else {}
+    peer = getattr(smp, kind)(encoder, encoder_weights=None, classes=5, **stride)
+    model = load(peer, tmp_path / "file.pth", **fields)
+    x = torch.randn(1, 3, 64, 96)
+    assert_same_logits(model, peer, peer(x), x)
+    if kind == "DeepLabV3":  # as versions before 0.3 named it
+        old = {"aspp": "0", "conv": "1", "bn": "2"}
+        state = peer.state_dict()
+        for name, number in old.items():
+            state = {k.replace(f"decoder.{name}.", f"decoder.{number}."): v for k, v in state.items()}
+        torch.save(state, tmp_path / "old.pth")
+        assert_same_logits(load_weights(None, tmp_path / "old.pth", **fields).model, peer, peer(x), x)
