@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,17 +13,7 @@ from deeplab_fast.model import build_model
 from deeplab_fast.model.importers import load_weights
 from deeplab_fast.model.xception import from_timm
 
-
-@pytest.fixture(scope="module", autouse=True)
-def torchvision_imports() -> None:
-    """Beside a CPU build of torch, torchvision's wheel imports only once its operators are declared."""
-    data = os.environ.get("DEEPLAB_FAST_TEST_DATA")
-    path = Path(data or "") / "peers" / "torchvision_beside_cpu_torch.py"
-    if data and path.is_file() and torch.version.cuda is None and path.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        # The declarations live as long as the module.
-        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[path.stem])
+pytestmark = pytest.mark.usefixtures("torchvision_imports")
 
 
 @pytest.fixture

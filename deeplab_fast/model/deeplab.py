@@ -14,6 +14,7 @@ from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
 from .norm import NORMS
 from .pixels import PIXELS, Pixels
 from .resnet import RESNETS, ResNet
+from .timm_encoder import PREFIX, TimmEncoder
 from .xception import XCEPTIONS, Xception
 
 BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS)
@@ -98,7 +99,8 @@ def build_model(
 
     name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
     backbone: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71;
-        and the MobileNetV2s of other projects: mobilenet_v2_1280, mobilenet_v2_vainf and mobilenet_v2_zym1119.
+        and the MobileNetV2s of other projects: mobilenet_v2_1280, mobilenet_v2_vainf and mobilenet_v2_zym1119; or
+        timm:NAME, an encoder of timm (see `TimmEncoder`).
     output_stride: input size over the size of the last features; strides beyond it become dilation.
     multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16; in an Xception's
         last three convolutions.
@@ -118,7 +120,7 @@ def build_model(
     """
     _check_names(
         name=(name, ("deeplabv3", "deeplabv3plus")),
-        backbone=(backbone, BACKBONES),
+        backbone=(backbone, (*BACKBONES, backbone) if backbone.startswith(PREFIX) else (*BACKBONES, "timm:NAME")),
         output_stride=(output_stride, (8, 16, 32)),
         first_block_dilation=(first_block_dilation, ("stage", "previous")),
         separable_order=(separable_order, ("norm_last", "norm_each")),
@@ -203,7 +205,7 @@ def _build_backbone(
     multi_grid: tuple[int, ...],
     first_block_dilation: str,
     activation: str,
-) -> ResNet | MobileNetV2 | MobileNetV2Zym1119 | Xception:
+) -> ResNet | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
     if len(multi_grid) != 3 or min(multi_grid) < 1:
         raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
     if width_mult != 1.0 and not name.startswith("mobilenet_v2"):
@@ -212,6 +214,12 @@ def _build_backbone(
         raise UserError(f"beta_stem is set: {name} has 3x3 convolutions for a stem already, expected a ResNet backbone")
     if activation != "relu" and name not in RESNETS:
         raise UserError(f"activation is {activation!r}: {name} has its own, expected relu, or a ResNet backbone")
+    if name.startswith(PREFIX):
+        if norm != "batch":
+            raise UserError(f"norm is {norm!r}: {name} has its own, expected batch")
+        if multi_grid != (1, 1, 1):
+            raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
+        return TimmEncoder(name, output_stride=output_stride)
     shared = {"norm": norm, "output_stride": output_stride}
     if name in XCEPTIONS:
         return Xception(name, multi_grid=multi_grid, **shared)
@@ -236,7 +244,8 @@ def _build_backbone(
 
 def _initialise(model: DeepLab) -> None:
     """Norms keep torch's weight 1 and bias 0."""
-    for part in (model.backbone, model.aspp, model.decoder):
+    own = None if isinstance(model.backbone, TimmEncoder) else model.backbone
+    for part in (own, model.aspp, model.decoder):
         mode = "fan_out" if part is model.backbone else "fan_in"
         for module in part.modules() if part is not None else ():
             if isinstance(module, nn.Conv2d):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import xception
+from . import timm_encoder, xception
 from .deeplab import DeepLab
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
@@ -51,10 +51,15 @@ _NUMPY_SCALARS: list[Any] = [
 def load_backbone_weights(model: DeepLab, source: str) -> None:
     """Load weights with torchvision's key names, or timm's of an Xception, into `model.backbone`.
 
-    source: the path of a file, a URL, or a name in `IMAGENET`; downloads are kept in torch.hub's folder.
+    source: the path of a file, a URL or a name in `IMAGENET`, whose downloads are kept in torch.hub's folder, or
+    timm:NAME, whose are timm's.
     The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
     (then its `backbone.` keys are taken) and ImageNet's classifier. Any other difference raises UserError.
     """
+    if source.startswith(timm_encoder.PREFIX):
+        state = timm_encoder.pretrained_state(source, model.output_stride)
+        _load(model.backbone, state, f"the published weights of {source}")
+        return
     path = _locate(source)
     state = read_state_dict(path)
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
