@@ -12,9 +12,10 @@ from .ops import confusion_matrix
 if TYPE_CHECKING:
     from .checkpoint import load_model
     from .model import build_model
+    from .model.importers import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "confusion_matrix", "load_model"]
+__all__ = ["build_model", "confusion_matrix", "load_model", "load_weights"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,4 +28,8 @@ def __getattr__(name: str) -> Any:
         from .checkpoint import load_model
 
         return load_model
+    if name == "load_weights":
+        from .model.importers import load_weights
+
+        return load_weights
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

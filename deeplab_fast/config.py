@@ -74,7 +74,9 @@ class ModelConfig:
     name: Annotated[Literal["deeplabv3", "deeplabv3plus"], tyro.conf.arg(name="model")] = "deeplabv3plus"
     """architecture"""
     backbone: str = "mobilenet_v2"
-    """resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2"""
+    """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65, xception71, or another
+    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, or timm:NAME (an encoder of timm, which has
+    to be installed)"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
     beta_stem: bool = False
@@ -82,7 +84,8 @@ class ModelConfig:
     output_stride: Literal[8, 16, 32] = 16
     """input size over the size of the backbone's last feature map"""
     multi_grid: tuple[int, int, int] = (1, 1, 1)
-    """ResNet only: factors of the dilation in the last stage's three blocks (DeepLabv3, section 3.2)"""
+    """factors of the dilation in a ResNet's last three blocks or an Xception's last three convolutions (DeepLabv3,
+    section 3.2)"""
     first_block_dilation: Literal["stage", "previous"] = "stage"
     """dilation of the first block of a stage that lost its stride: its stage's, or that of the stage before it, as
     in torchvision"""
@@ -110,6 +113,13 @@ class ModelConfig:
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
     """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+    activation: Literal["relu", "leaky_relu"] = "relu"
+    """ResNet only: what follows a norm, in the head too; leaky_relu has InPlaceABN's slope of 0.01"""
+    aspp_activation: bool = True
+    """the activation after ASPP's norms"""
+    pixels: Literal["imagenet", "symmetric", "bgr_unit"] = "imagenet"
+    """what the backbone is given: RGB normalised by ImageNet's mean and deviation, RGB from -1 to 1 (TensorFlow's
+    Xception), or BGR from 0 to 1; the input is converted"""
 
 
 @dataclass(frozen=True)
@@ -181,7 +191,8 @@ class RunConfig:
     tensorboard: bool = True
     """write TensorBoard events"""
     weights: str | None = None
-    """weights to start from: a file, a URL, or `imagenet` for torchvision's ImageNet weights of the backbone"""
+    """weights to start from: a file, of this project or of one that `deeplab_fast.load_weights` knows, a URL, or
+    `imagenet` for torchvision's ImageNet weights of the backbone"""
 
 
 # Smallest and largest value of each number that has one; None: no bound. Model fields are checked by build_model.

@@ -17,6 +17,7 @@ from .data.datasets import Dataset
 from .device import resolve_device, resolve_precision
 from .errors import UserError
 from .model import load_backbone_weights, load_matching
+from .model.importers import find_layout, load_weights
 from .model.weights import read_state_dict
 from .schedule import WeightAverage, build_optimizer, lr_factor
 
@@ -115,6 +116,11 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     source = config.run.weights
     if Path(source).is_file():
         state = read_state_dict(source)
+        layout = find_layout(state)
+        if layout is not None and layout.whole:
+            left_out = load_weights(model, source, new_classifier=True).missing
+            print(f"weights from {source}, {layout.name}" + (f", all but {', '.join(left_out)}" if left_out else ""))
+            return
         if any(key.startswith("aspp.") for key in state):
             left_out = load_matching(model, state)
             print(f"weights from {source}" + (f", all but {', '.join(left_out)}" if left_out else ""))

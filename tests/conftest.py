@@ -1,10 +1,18 @@
-"""A last line that says how many backend cases were skipped, so that green is not taken for covered."""
+"""torchvision beside a CPU build of torch, and a last line that says how many backend cases were skipped.
+
+So green is not taken for covered.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from deeplab_fast.testing import SKIPPED_BACKEND
@@ -25,3 +33,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if line := backend_summary([report.longrepr[2] for report in skipped]):
         terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def torchvision_imports() -> None:
+    """Beside a CPU build of torch, torchvision's wheel imports only once its operators are declared."""
+    data = os.environ.get("DEEPLAB_FAST_TEST_DATA")
+    path = Path(data or "") / "peers" / "torchvision_beside_cpu_torch.py"
+    if data and path.is_file() and torch.version.cuda is None and path.stem not in sys.modules:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        # The declarations live as long as the module.
+        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path.stem])

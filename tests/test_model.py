@@ -152,6 +152,9 @@ VARIANTS = [
     {"backbone": "resnet18", "image_pooling": False, "refinements": 1, "separable": False},
     {"backbone": "resnet18", "beta_stem": True, "align_corners": True, "norm": "group"},
     {"backbone": "mobilenet_v2", "width_mult": 0.5, "output_stride": 8, "norm": "group"},
+    {"backbone": "resnet18", "activation": "leaky_relu", "aspp_activation": False, "separable_order": "norm_each"},
+    {"backbone": "mobilenet_v2_zym1119", "multi_grid": (1, 2, 4), "pixels": "bgr_unit", "aspp_activation": False},
+    {"backbone": "mobilenet_v2_1280", "pixels": "symmetric"},
 ]
 
 
@@ -274,6 +277,13 @@ def test_training_on_one_image() -> None:
         ({"atrous_rates": (6, 0)}, "atrous_rates is 0: expected 1 or more"),
         ({"dropout": 1.0}, r"dropout is 1.0: expected a probability in \[0, 1\)"),
         ({"backbone": "resnet50", "width_mult": 0.5}, "width_mult is 0.5: resnet50 has no width multiplier"),
+        ({"activation": "gelu"}, "activation is 'gelu': expected one of relu, leaky_relu"),
+        ({"activation": "leaky_relu"}, "activation is 'leaky_relu': mobilenet_v2 has its own, .* or a ResNet backbone"),
+        ({"pixels": "raw"}, "pixels is 'raw': expected one of imagenet, symmetric, bgr_unit"),
+        (
+            {"backbone": "mobilenet_v2_zym1119", "output_stride": 8},
+            "output_stride is 8: .* has one stride, expected 16",
+        ),
         ({"width_mult": 0.0}, "width_mult is 0.0: expected a number above 0"),
         ({"multi_grid": (1, 2, 4)}, r"multi_grid is \(1, 2, 4\): mobilenet_v2 has none"),
         ({"backbone": "resnet50", "multi_grid": (1, 2)}, r"multi_grid is \(1, 2\): expected three factors"),
@@ -298,3 +308,50 @@ def test_seed_decides_the_weights() -> None:
     assert first["aspp.branches.0.conv.weight"].std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.05)
     assert first["classifier.weight"].std().item() == pytest.approx(0.01, rel=0.2)
     assert not first["classifier.bias"].any()
+
+
+@torch.no_grad()
+def test_leaky_relu_is_everywhere_but_after_the_sum() -> None:
+    torch.manual_seed(0)
+    model = build_model(backbone="resnet18", activation="leaky_relu", **SMALL).eval()
+    x, block = torch.randn(1, 64, 9, 9), model.backbone.layer1[0]
+    y = F.leaky_relu(block.bn1(block.conv1(x)), 0.01)
+    torch.testing.assert_close(block(x), F.relu(block.bn2(block.conv2(y)) + x))
+    head = [m for part in (model.aspp, model.decoder) for m in part.modules() if hasattr(m, "activation")]
+    assert len(head) == 9 and {m.activation for m in head} == {"leaky_relu"}
+    branch, x = model.aspp.branches[0], torch.randn(1, 512, 3, 3)
+    torch.testing.assert_close(branch(x), F.leaky_relu(branch.norm(branch.conv(x)), 0.01))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["symmetric", "bgr_unit"])
+def test_pixels_are_made_from_the_normalised_image(kind: str) -> None:
+    image = torch.randint(0, 256, (2, 3, 5, 7)).float()
+    x = (image / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(
+        3, 1, 1
+    )
+    expected = image / 127.5 - 1 if kind == "symmetric" else image[:, [2, 1, 0]] / 255
+    model = build_model(backbone="resnet18", pixels=kind, **SMALL)
+    torch.testing.assert_close(model.pixels(x), expected)
+    assert model.state_dict().keys() == build_model(backbone="resnet18", **SMALL).state_dict().keys()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model.eval()(x)
+    torch.testing.assert_close(seen[0], expected)
+
+
+@torch.no_grad()
+def test_aspp_without_activation() -> None:
+    model = build_model(backbone="resnet18", aspp_activation=False, **SMALL).eval()
+    assert model.aspp(torch.randn(1, 512, 3, 3)).min() < 0
+    assert model.decoder.low_level(torch.randn(1, 64, 3, 3)).min() == 0
+
+
+def test_zym1119_dilations() -> None:
+    with torch.device("meta"):
+        model = build_model("deeplabv3", backbone="mobilenet_v2_zym1119", num_classes=20, separable=False,
+                            multi_grid=(1, 2, 4))  # fmt: skip
+    assert [model.backbone.features[i].conv[1][0].dilation[0] for i in range(16, 21)] == [1, 2, 2, 4, 8]
+    # The published count, and ASPP's pooling, which there shares its convolution.
+    own = sum(p.numel() for p in model.aspp.pool.parameters())
+    assert (sum(p.numel() for p in model.parameters()) - own) / 1e6 == pytest.approx(4.12, abs=0.005)

@@ -1,10 +1,7 @@
-"""The same graphs as torchvision and segmentation_models_pytorch, by tensor names, shapes and results."""
+"""The same graphs as torchvision, timm and segmentation_models_pytorch, by tensor names, shapes and results."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,18 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from deeplab_fast.model import build_model
+from deeplab_fast.model.importers import load_weights
+from deeplab_fast.model.xception import from_timm
 
-
-@pytest.fixture(scope="module", autouse=True)
-def torchvision_imports() -> None:
-    """Beside a CPU build of torch, torchvision's wheel imports only once its operators are declared."""
-    data = os.environ.get("DEEPLAB_FAST_TEST_DATA")
-    path = Path(data or "") / "peers" / "torchvision_beside_cpu_torch.py"
-    if data and path.is_file() and torch.version.cuda is None and path.stem not in sys.modules:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        # The declarations live as long as the module.
-        sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[path.stem])
+pytestmark = pytest.mark.usefixtures("torchvision_imports")
 
 
 @pytest.fixture
@@ -169,3 +158,84 @@ def test_mobilenet_widths_are_torchvisions(torchvision_models, width_mult: float
     x = torch.randn(1, 3, 33, 50)
     with torch.no_grad():
         torch.testing.assert_close(model.backbone(x)[1], peer(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "stride"), [("xception41", 32), ("xception65", 16), ("xception71", 8)])
+def test_timm_xception(torchvision_models, name: str, stride: int) -> None:
+    timm = pytest.importorskip("timm")
+    peer = timm.create_model(name, pretrained=False).eval()
+    randomise(peer)
+    if stride < 32:  # Its own output_stride leaves out shortcuts that the weights have.
+        dilate(peer, stride)
+    model = build_model(backbone=name, num_classes=2, output_stride=stride).eval()
+    model.backbone.load_state_dict(from_timm(peer.state_dict()))
+    x = torch.randn(1, 3, 65, 98)
+    low_level, features = peer.blocks[model.backbone.low_level_block].stack.conv2, peer.forward_features
+    seen = []
+    # The ReLU that follows is in place.
+    low_level.register_forward_hook(lambda _m, _x, y: seen.append(y.clone()))
+    expected = features(x)
+    ours = model.backbone(x)
+    for actual, wanted in zip(ours, (seen[0], expected), strict=True):
+        scale = wanted.abs().max().item()
+        assert scale > 0
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+def dilate(peer: nn.Module, stride: int) -> None:
+    """Strides beyond `stride` become the dilation of what follows."""
+    reached, dilation = 2, 1
+    for block in peer.blocks:
+        own = block.stack.conv3.conv_dw.stride[0]
+        replaced = own > 1 and reached * own > stride
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (dilation, dilation)
+                if replaced:
+                    module.stride = (1, 1)
+        reached, dilation = reached * (1 if replaced else own), dilation * (own if replaced else 1)
+
+
+def load(peer: nn.Module, path: Path, **fields) -> nn.Module:
+    randomise(peer.eval())
+    torch.save({"state_dict": {f"module.{k}": v for k, v in peer.state_dict().items()}}, path)
+    loaded = load_weights(None, path, **fields)
+    assert not loaded.missing
+    assert all(k.startswith("aux_classifier.") for k in loaded.left_over)
+    return loaded.model
+
+
+@torch.no_grad()
+def test_load_torchvision_deeplabv3(torchvision_models, tmp_path: Path) -> None:
+    peer = torchvision_models.segmentation.deeplabv3_resnet50(
+        weights=None, weights_backbone=None, num_classes=5, aux_loss=True
+    )
+    x = torch.randn(1, 3, 65, 97)
+    assert_same_logits(load(peer, tmp_path / "file.pth"), peer, peer(x)["out"], x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("kind", "encoder", "fields"),
+    [
+        ("DeepLabV3Plus", "resnet34", {}),
+        ("DeepLabV3Plus", "mobilenet_v2", {"output_stride": 8}),
+        ("DeepLabV3", "resnet50", {}),
+        ("DeepLabV3", "mobilenet_v2", {"output_stride": 16}),
+    ],
+)
+def test_load_smp(smp, tmp_path: Path, kind: str, encoder: str, fields: dict) -> None:
+    stride = {"encoder_output_stride": fields["output_stride"]} if fields else {}
+    peer = getattr(smp, kind)(encoder, encoder_weights=None, classes=5, **stride)
+    model = load(peer, tmp_path / "file.pth", **fields)
+    x = torch.randn(1, 3, 64, 96)
+    assert_same_logits(model, peer, peer(x), x)
+    if kind == "DeepLabV3":  # as versions before 0.3 named it
+        old = {"aspp": "0", "conv": "1", "bn": "2"}
+        state = peer.state_dict()
+        for name, number in old.items():
+            state = {k.replace(f"decoder.{name}.", f"decoder.{number}."): v for k, v in state.items()}
+        torch.save(state, tmp_path / "old.pth")
+        assert_same_logits(load_weights(None, tmp_path / "old.pth", **fields).model, peer, peer(x), x)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import urllib.error
 from collections.abc import Callable
 from pathlib import Path
@@ -63,6 +64,21 @@ def test_load_backbone(tmp_path: Path, backbone: dict, wrap: Callable[[dict], di
     load_backbone_weights(model, str(tmp_path / "weights.pth"))
     assert same(model.backbone.state_dict(), backbone)
     assert same({k: v for k, v in model.state_dict().items() if not k.startswith("backbone.")}, head)
+
+
+def test_load_xception_by_the_names_of_timm(tmp_path: Path) -> None:
+    ours = build(1, backbone="xception41").backbone.state_dict()
+    theirs = {"head.fc.weight": torch.ones(10, 2048), "head.fc.bias": torch.ones(10)}
+    layers = {"depthwise_norm": "bn_dw", "depthwise": "conv_dw", "pointwise": "conv_pw", "norm": "bn_pw"}
+    for key, value in ours.items():
+        key = re.sub(r"^exit\.(\d)", lambda match: f"blocks.12.conv{int(match[1]) + 1}", key)
+        key = re.sub(r"\.(conv\d)\.(\w+)", lambda match: f".stack.{match[1]}.{layers[match[2]]}", key)
+        theirs[re.sub(r"\bnorm\b", "bn", key)] = value
+    assert "blocks.12.stack.conv3.bn_pw.running_var" in theirs and "blocks.0.shortcut.bn.weight" in theirs
+    torch.save(theirs, tmp_path / "weights.pth")
+    model = build(0, backbone="xception41")
+    load_backbone_weights(model, str(tmp_path / "weights.pth"))
+    assert same(model.backbone.state_dict(), ours)
 
 
 @pytest.mark.parametrize(

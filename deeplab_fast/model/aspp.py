@@ -27,15 +27,18 @@ class ASPP(nn.Module):
         order: str,
         dropout: float,
         refine: bool,
+        activation: str,
     ) -> None:
         super().__init__()
-        self.branches = nn.ModuleList([ConvNormAct(norm, in_channels, channels, 1)])
+        kind = {"separable": separable, "order": order, "activation": activation}
+        self.branches = nn.ModuleList([ConvNormAct(norm, in_channels, channels, 1, activation=activation)])
         for rate in rates:
-            self.branches.append(conv3x3(norm, in_channels, channels, rate, separable=separable, order=order))
-        self.pool = ConvNormAct(norm, in_channels, channels, 1) if image_pooling else None
-        self.project = ConvNormAct(norm, channels * (1 + len(rates) + image_pooling), channels, 1)
+            self.branches.append(conv3x3(norm, in_channels, channels, rate, **kind))
+        self.pool = ConvNormAct(norm, in_channels, channels, 1, activation=activation) if image_pooling else None
+        parts = 1 + len(rates) + image_pooling
+        self.project = ConvNormAct(norm, channels * parts, channels, 1, activation=activation)
         self.dropout = nn.Dropout(dropout)
-        self.refine = conv3x3(norm, channels, channels, separable=separable, order=order) if refine else None
+        self.refine = conv3x3(norm, channels, channels, **kind) if refine else None
 
     def forward(self, x: Tensor) -> Tensor:
         features = [branch(x) for branch in self.branches]

@@ -29,12 +29,16 @@ class Decoder(nn.Module):
         separable: bool,
         order: str,
         align_corners: bool,
+        activation: str,
     ) -> None:
         super().__init__()
-        self.low_level = ConvNormAct(norm, low_in_channels, low_channels, 1)
+        self.low_level = ConvNormAct(norm, low_in_channels, low_channels, 1, activation=activation)
         widths = [in_channels + low_channels] + [channels] * refinements
         self.refinements = nn.Sequential(
-            *(conv3x3(norm, a, b, separable=separable, order=order) for a, b in itertools.pairwise(widths))
+            *(
+                conv3x3(norm, a, b, separable=separable, order=order, activation=activation)
+                for a, b in itertools.pairwise(widths)
+            )
         )
         self.align_corners = align_corners
 

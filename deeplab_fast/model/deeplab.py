@@ -10,11 +10,14 @@ from ..errors import UserError
 from .aspp import ASPP
 from .decoder import Decoder
 from .layers import resize
-from .mobilenet import MobileNetV2
+from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
 from .norm import NORMS
+from .pixels import PIXELS, Pixels
 from .resnet import RESNETS, ResNet
+from .timm_encoder import PREFIX, TimmEncoder
+from .xception import XCEPTIONS, Xception
 
-BACKBONES = (*RESNETS, "mobilenet_v2")
+BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS)
 
 
 class DeepLab(nn.Module):
@@ -25,9 +28,10 @@ class DeepLab(nn.Module):
 
     def __init__(
         self, backbone: nn.Module, aspp: ASPP, decoder: Decoder | None, classifier: nn.Conv2d, *,
-        output_stride: int, align_corners: bool,
+        output_stride: int, align_corners: bool, pixels: str = "imagenet",
     ) -> None:  # fmt: skip
         super().__init__()
+        self.pixels = None if pixels == "imagenet" else Pixels(pixels)
         self.backbone = backbone
         self.aspp = aspp
         self.decoder = decoder
@@ -43,7 +47,7 @@ class DeepLab(nn.Module):
         """
         if self.training:
             self._check_batch(x)
-        low_level, x = self.backbone(x)
+        low_level, x = self.backbone(x if self.pixels is None else self.pixels(x))
         x = self.aspp(x)
         if self.decoder is not None:
             x = self.decoder(x, low_level)
@@ -87,30 +91,43 @@ def build_model(
     dropout: float = 0.1,
     align_corners: bool = False,
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch",
+    activation: Literal["relu", "leaky_relu"] = "relu",
+    aspp_activation: bool = True,
+    pixels: Literal["imagenet", "symmetric", "bgr_unit"] = "imagenet",
 ) -> DeepLab:
     """A DeepLab with random weights from torch's global random state; keywords as in `ModelConfig`.
 
     name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
-    backbone: resnet18, resnet34, resnet50, resnet101, resnet152 or mobilenet_v2.
+    backbone: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71;
+        and the MobileNetV2s of other projects: mobilenet_v2_1280, mobilenet_v2_vainf and mobilenet_v2_zym1119; or
+        timm:NAME, an encoder of timm (see `TimmEncoder`).
     output_stride: input size over the size of the last features; strides beyond it become dilation.
-    multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16.
+    multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16; in an Xception's
+        last three convolutions.
     first_block_dilation: whether a block that lost its stride has the dilation of its stage (2, 2, 2 at 16)
-        or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid).
+        or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid). An Xception
+        is always the latter: its blocks have their stride in the last convolution.
     atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
     separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
     norm: see `make_norm`; "group" comes with weight standardisation.
+    activation: after every norm of a ResNet and of the head; "leaky_relu" has InPlaceABN's slope of 0.01. The sum of a
+        residual block is followed by ReLU all the same.
+    aspp_activation: False leaves it out in ASPP.
+    pixels: what the backbone is given, see `Pixels`; the model's input is the same for all.
 
     The backbone is initialised as torchvision's (Kaiming normal, fan out), the head with Kaiming normal, fan
     in, and the classifier with a standard deviation of 0.01 and zero bias. A bad value raises UserError.
     """
     _check_names(
         name=(name, ("deeplabv3", "deeplabv3plus")),
-        backbone=(backbone, BACKBONES),
+        backbone=(backbone, (*BACKBONES, backbone) if backbone.startswith(PREFIX) else (*BACKBONES, "timm:NAME")),
         output_stride=(output_stride, (8, 16, 32)),
         first_block_dilation=(first_block_dilation, ("stage", "previous")),
         separable_order=(separable_order, ("norm_last", "norm_each")),
         refinements=(refinements, (1, 2)),
         norm=(norm, NORMS),
+        activation=(activation, ("relu", "leaky_relu")),
+        pixels=(pixels, PIXELS),
     )
     _check_at_least_one(
         num_classes=num_classes,
@@ -126,7 +143,7 @@ def build_model(
         raise UserError(f"dropout is {dropout}: expected a probability in [0, 1)")
 
     features = _build_backbone(
-        backbone, width_mult, beta_stem, norm, output_stride, tuple(multi_grid), first_block_dilation
+        backbone, width_mult, beta_stem, norm, output_stride, tuple(multi_grid), first_block_dilation, activation
     )
     conv = {"separable": separable, "order": separable_order}
     aspp = ASPP(
@@ -137,6 +154,7 @@ def build_model(
         image_pooling=image_pooling,
         dropout=dropout,
         refine=aspp_refine,
+        activation=activation if aspp_activation else "none",
         **conv,
     )
     decoder = None
@@ -149,10 +167,19 @@ def build_model(
             channels=decoder_channels,
             refinements=refinements,
             align_corners=align_corners,
+            activation=activation,
             **conv,
         )
     classifier = nn.Conv2d(aspp_channels if decoder is None else decoder_channels, num_classes, 1)
-    model = DeepLab(features, aspp, decoder, classifier, output_stride=output_stride, align_corners=align_corners)
+    model = DeepLab(
+        features,
+        aspp,
+        decoder,
+        classifier,
+        output_stride=output_stride,
+        align_corners=align_corners,
+        pixels=pixels,
+    )
     _initialise(model)
     return model
 
@@ -177,31 +204,48 @@ def _build_backbone(
     output_stride: int,
     multi_grid: tuple[int, ...],
     first_block_dilation: str,
-) -> ResNet | MobileNetV2:
+    activation: str,
+) -> ResNet | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
     if len(multi_grid) != 3 or min(multi_grid) < 1:
         raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
-    shared = {"norm": norm, "output_stride": output_stride, "first_block_dilation": first_block_dilation}
+    if width_mult != 1.0 and not name.startswith("mobilenet_v2"):
+        raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
+    if beta_stem and name not in RESNETS:
+        raise UserError(f"beta_stem is set: {name} has 3x3 convolutions for a stem already, expected a ResNet backbone")
+    if activation != "relu" and name not in RESNETS:
+        raise UserError(f"activation is {activation!r}: {name} has its own, expected relu, or a ResNet backbone")
+    if name.startswith(PREFIX):
+        if norm != "batch":
+            raise UserError(f"norm is {norm!r}: {name} has its own, expected batch")
+        if multi_grid != (1, 1, 1):
+            raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
+        return TimmEncoder(name, output_stride=output_stride)
+    shared = {"norm": norm, "output_stride": output_stride}
+    if name in XCEPTIONS:
+        return Xception(name, multi_grid=multi_grid, **shared)
+    shared["first_block_dilation"] = first_block_dilation
     if name in RESNETS:
-        if width_mult != 1.0:
-            raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
         blocks = RESNETS[name][1][-1]
         if multi_grid != (1, 1, 1) and blocks != 3:
             raise UserError(
                 f"multi_grid is {multi_grid}: {name} ends with {blocks} blocks, not three: expected (1, 1, 1)"
             )
-        return ResNet(name, multi_grid=multi_grid, beta=beta_stem, **shared)
-    if multi_grid != (1, 1, 1):
-        raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
-    if beta_stem:
-        raise UserError(f"beta_stem is set: {name} has one 3x3 stem already, expected a ResNet backbone")
+        return ResNet(name, multi_grid=multi_grid, beta=beta_stem, activation=activation, **shared)
     if not 0 < width_mult < float("inf"):
         raise UserError(f"width_mult is {width_mult}: expected a number above 0")
-    return MobileNetV2(width_mult=width_mult, **shared)
+    if name == "mobilenet_v2_zym1119":
+        if output_stride != 16:
+            raise UserError(f"output_stride is {output_stride}: {name} has one stride, expected 16")
+        return MobileNetV2Zym1119(width_mult=width_mult, norm=norm, multi_grid=multi_grid)
+    if multi_grid != (1, 1, 1):
+        raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
+    return MobileNetV2(width_mult=width_mult, **MOBILENETS[name], **shared)
 
 
 def _initialise(model: DeepLab) -> None:
     """Norms keep torch's weight 1 and bias 0."""
-    for part in (model.backbone, model.aspp, model.decoder):
+    own = None if isinstance(model.backbone, TimmEncoder) else model.backbone
+    for part in (own, model.aspp, model.decoder):
         mode = "fan_out" if part is model.backbone else "fan_in"
         for module in part.modules() if part is not None else ():
             if isinstance(module, nn.Conv2d):

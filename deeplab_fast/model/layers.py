@@ -21,13 +21,19 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     # In place: no normalisation needs its own output for its gradient.
     "relu": lambda x: F.relu(x, inplace=True),
     "relu6": lambda x: F.relu6(x, inplace=True),
+    # InPlaceABN's slope, the one that published DeepLabs were trained with.
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.01, inplace=True),
 }
+# What the ops compute in the same pass; any other follows them.
+FUSED = ("none", "relu", "relu6")
 
 
 def conv_norm_act(
     x: Tensor, conv: nn.Module, norm: nn.Module, activation: str = "relu", residual: Tensor | None = None
 ) -> Tensor:
     """activation(norm(conv(x)) + residual): (N, C, H, W) -> (N, C', H', W'); residual as the result."""
+    if activation not in FUSED:
+        return ACTIVATIONS[activation](conv_norm_act(x, conv, norm, "none", residual))
     if _is_fast_depthwise(x, conv) and _is_plain_batch_norm(norm):
         step = {"stride": conv.stride[0], "dilation": conv.dilation[0]}
         if norm.training:
@@ -48,6 +54,8 @@ def convolve(x: Tensor, conv: nn.Module) -> Tensor:
 
 def norm_act(x: Tensor, norm: nn.Module, activation: str = "relu", residual: Tensor | None = None) -> Tensor:
     """activation(norm(x) + residual): (N, C, H, W) -> the same. May write into x where the norm is no plain one."""
+    if activation not in FUSED:
+        return ACTIVATIONS[activation](norm_act(x, norm, "none", residual))
     alike = residual is None or residual.dtype == x.dtype
     if alike and ops.has_kernel("batch_norm_act", x) and _is_plain_batch_norm(norm):
         x = x.contiguous(memory_format=torch.channels_last)  # once for all that follows
@@ -140,33 +148,62 @@ def resize(x: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
 
 
 class ConvNormAct(nn.Module):
-    """Convolution, norm, ReLU: (N, in_channels, H, W) -> (N, out_channels, H, W)."""
+    """Convolution, norm, activation: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ...)."""
 
-    def __init__(self, norm: str, in_channels: int, out_channels: int, kernel: int, dilation: int = 1) -> None:
+    def __init__(
+        self,
+        norm: str,
+        in_channels: int,
+        out_channels: int,
+        kernel: int,
+        dilation: int = 1,
+        *,
+        stride: int = 1,
+        activation: str = "relu",
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.conv = make_conv(norm, in_channels, out_channels, kernel, dilation=dilation)
-        self.norm = make_norm(norm, out_channels)
+        self.conv = make_conv(norm, in_channels, out_channels, kernel, stride=stride, dilation=dilation)
+        self.norm = make_norm(norm, out_channels, eps)
+        self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        return conv_norm_act(x, self.conv, self.norm)
+        return conv_norm_act(x, self.conv, self.norm, self.activation)
 
 
 class SeparableConv(nn.Module):
-    """Depthwise 3x3 and pointwise convolution: (N, in_channels, H, W) -> (N, out_channels, H, W).
+    """Depthwise 3x3 and pointwise convolution: (N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ...).
 
-    order "norm_last": depthwise, pointwise, norm, ReLU; "norm_each": norm and ReLU after each of the two, as
-    in TensorFlow's DeepLab (DeepLabv3+, section 3.2, for its Xception).
+    order "norm_last": depthwise, pointwise, norm, activation; "norm_each": norm and activation after each of the two,
+    as in TensorFlow's DeepLab (DeepLabv3+, section 3.2). depthwise_activation: the first of them where it differs.
     """
 
-    def __init__(self, norm: str, in_channels: int, out_channels: int, dilation: int = 1, *, order: str) -> None:
+    def __init__(
+        self,
+        norm: str,
+        in_channels: int,
+        out_channels: int,
+        dilation: int = 1,
+        *,
+        order: str,
+        stride: int = 1,
+        activation: str = "relu",
+        depthwise_activation: str | None = None,
+        eps: float = 1e-5,
+    ) -> None:
         super().__init__()
-        self.depthwise = make_conv(norm, in_channels, in_channels, 3, dilation=dilation, groups=in_channels)
-        self.depthwise_norm = make_norm(norm, in_channels) if order == "norm_each" else None
+        self.depthwise = make_conv(
+            norm, in_channels, in_channels, 3, stride=stride, dilation=dilation, groups=in_channels
+        )
+        self.depthwise_norm = make_norm(norm, in_channels, eps) if order == "norm_each" else None
         self.pointwise = make_conv(norm, in_channels, out_channels, 1)
-        self.norm = make_norm(norm, out_channels)
+        self.norm = make_norm(norm, out_channels, eps)
+        self.activation = activation
+        self.depthwise_activation = activation if depthwise_activation is None else depthwise_activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._folds(x):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual, of the result's shape, is added before the last activation."""
+        if residual is None and self._folds(x):
             first, second = self.depthwise_norm, self.norm
             scale, shift = (None, None) if first is None else _affine(first)
             last_scale, last_shift = _affine(second)
@@ -176,18 +213,18 @@ class SeparableConv(nn.Module):
                 self.pointwise.weight,
                 depthwise_scale=scale,
                 depthwise_shift=shift,
-                depthwise_activation="none" if first is None else "relu",
+                depthwise_activation="none" if first is None else self.depthwise_activation,
                 scale=last_scale,
                 shift=last_shift,
-                activation="relu",
+                activation=self.activation,
                 dilation=self.depthwise.dilation[0],
                 stride=self.depthwise.stride[0],
             )
         if self.depthwise_norm is not None:
-            x = conv_norm_act(x, self.depthwise, self.depthwise_norm)
+            x = conv_norm_act(x, self.depthwise, self.depthwise_norm, self.depthwise_activation)
         else:
             x = convolve(x, self.depthwise)
-        return conv_norm_act(x, self.pointwise, self.norm)
+        return conv_norm_act(x, self.pointwise, self.norm, self.activation, residual)
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the whole layer is one op: nothing asks for a gradient, and the norms are running ones."""
@@ -195,6 +232,8 @@ class SeparableConv(nn.Module):
         return (
             not torch.is_grad_enabled()
             and ops.has_kernel("separable_conv", x)
+            and self.activation in FUSED
+            and self.depthwise_activation in FUSED
             and _is_plain_depthwise(self.depthwise)
             and self.depthwise.kernel_size == (3, 3)
             and _is_plain_pointwise(self.pointwise)
@@ -203,9 +242,16 @@ class SeparableConv(nn.Module):
 
 
 def conv3x3(
-    norm: str, in_channels: int, out_channels: int, dilation: int = 1, *, separable: bool, order: str
+    norm: str,
+    in_channels: int,
+    out_channels: int,
+    dilation: int = 1,
+    *,
+    separable: bool,
+    order: str,
+    activation: str = "relu",
 ) -> ConvNormAct | SeparableConv:
     """The 3x3 layer of ASPP and decoder, ordinary or depthwise-separable."""
     if separable:
-        return SeparableConv(norm, in_channels, out_channels, dilation, order=order)
-    return ConvNormAct(norm, in_channels, out_channels, 3, dilation)
+        return SeparableConv(norm, in_channels, out_channels, dilation, order=order, activation=activation)
+    return ConvNormAct(norm, in_channels, out_channels, 3, dilation, activation=activation)

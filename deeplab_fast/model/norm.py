@@ -14,8 +14,8 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     (N, C, H, W) -> (N, C, H, W). Its state_dict is that of `nn.BatchNorm2d`.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels)
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps)
         self.eval()
         self.requires_grad_(False)
 
@@ -46,20 +46,20 @@ def group_count(channels: int) -> int:
     return max((g for g in range(1, min(32, channels // 2) + 1) if channels % g == 0), default=1)
 
 
-def make_norm(kind: str, channels: int) -> nn.Module:
+def make_norm(kind: str, channels: int, eps: float = 1e-5) -> nn.Module:
     """The normalisation layer for `channels` channels; `kind` is one of NORMS.
 
     sync_batch is decided here: `nn.SyncBatchNorm` where torch.distributed is initialised with two processes
     or more, plain `nn.BatchNorm2d` otherwise.
     """
     if kind == "group":
-        return nn.GroupNorm(group_count(channels), channels)
+        return nn.GroupNorm(group_count(channels), channels, eps)
     if kind == "frozen_batch":
-        return FrozenBatchNorm2d(channels)
+        return FrozenBatchNorm2d(channels, eps)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     if kind == "sync_batch" and distributed and torch.distributed.get_world_size() > 1:
-        return nn.SyncBatchNorm(channels)
-    return nn.BatchNorm2d(channels)
+        return nn.SyncBatchNorm(channels, eps)
+    return nn.BatchNorm2d(channels, eps)
 
 
 def make_conv(

@@ -10,12 +10,15 @@ from .norm import make_conv, make_norm
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and the shortcut."""
+    """Two 3x3 convolutions and the shortcut; ReLU after the sum, `activation` before."""
 
     expansion = 1
 
-    def __init__(self, norm: str, in_channels: int, width: int, stride: int, dilations: tuple[int, int]) -> None:
+    def __init__(
+        self, norm: str, in_channels: int, width: int, stride: int, dilations: tuple[int, int], activation: str
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = make_conv(norm, in_channels, width, 3, stride=stride, dilation=dilations[0])
         self.bn1 = make_norm(norm, width)
         self.conv2 = make_conv(norm, width, width, 3, dilation=dilations[1])
@@ -23,17 +26,20 @@ class BasicBlock(nn.Module):
         self.downsample = shortcut(norm, in_channels, width * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1)
+        y = conv_norm_act(x, self.conv1, self.bn1, self.activation)
         return conv_norm_act(y, self.conv2, self.bn2, residual=apply_shortcut(self.downsample, x))
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which holds stride and dilation, as in torchvision), 1x1 and the shortcut."""
+    """1x1, 3x3 (which holds stride and dilation, as in torchvision), 1x1 and the shortcut; see `BasicBlock`."""
 
     expansion = 4
 
-    def __init__(self, norm: str, in_channels: int, width: int, stride: int, dilations: tuple[int, int]) -> None:
+    def __init__(
+        self, norm: str, in_channels: int, width: int, stride: int, dilations: tuple[int, int], activation: str
+    ) -> None:
         super().__init__()
+        self.activation = activation
         self.conv1 = make_conv(norm, in_channels, width, 1)
         self.bn1 = make_norm(norm, width)
         self.conv2 = make_conv(norm, width, width, 3, stride=stride, dilation=dilations[0])
@@ -43,8 +49,8 @@ class Bottleneck(nn.Module):
         self.downsample = shortcut(norm, in_channels, width * self.expansion, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = conv_norm_act(x, self.conv1, self.bn1)
-        y = conv_norm_act(y, self.conv2, self.bn2)
+        y = conv_norm_act(x, self.conv1, self.bn1, self.activation)
+        y = conv_norm_act(y, self.conv2, self.bn2, self.activation)
         return conv_norm_act(y, self.conv3, self.bn3, residual=apply_shortcut(self.downsample, x))
 
 
@@ -64,8 +70,8 @@ def apply_shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     return downsample(x)
 
 
-def beta_stem(norm: str) -> nn.Sequential:
-    """Three 3x3 convolutions of 64 filters, the first of stride 2, norm and ReLU between; `bn1` follows.
+def beta_stem(norm: str, activation: str) -> nn.Sequential:
+    """Three 3x3 convolutions of 64 filters, the first of stride 2, norm and activation between; `bn1` follows.
 
     The widths are those of chenxi116/DeepLabv3.pytorch, so the stages are those of the plain ResNet. The
     norms between are those of TensorFlow's resnet_v1_beta, whose third convolution has 128 filters.
@@ -75,7 +81,7 @@ def beta_stem(norm: str) -> nn.Sequential:
         layers += [
             make_conv(norm, in_channels, 64, 3, stride=stride),
             make_norm(norm, 64),
-            nn.ReLU(inplace=True),
+            nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(0.01, inplace=True),
         ]
     return nn.Sequential(*layers, make_conv(norm, 64, 64, 3))
 
@@ -105,10 +111,11 @@ class ResNet(nn.Module):
         multi_grid: tuple[int, int, int],
         first_block_dilation: str,
         beta: bool,
+        activation: str,
     ) -> None:
         super().__init__()
         block, depths = RESNETS[name]
-        self.conv1 = beta_stem(norm) if beta else make_conv(norm, 3, 64, 7, stride=2)
+        self.conv1 = beta_stem(norm, activation) if beta else make_conv(norm, 3, 64, 7, stride=2)
         self.bn1 = make_norm(norm, 64)
         in_channels, reached, dilation = 64, 4, 1
         for stage, (depth, width) in enumerate(zip(depths, (64, 128, 256, 512), strict=True), start=1):
@@ -121,13 +128,14 @@ class ResNet(nn.Module):
             blocks = []
             for i in range(depth):
                 dilations = (grid[i] * (first if i == 0 else dilation), grid[i] * dilation)
-                blocks.append(block(norm, in_channels, width, stride if i == 0 else 1, dilations))
+                blocks.append(block(norm, in_channels, width, stride if i == 0 else 1, dilations, activation))
                 in_channels = width * block.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
+        self.activation = activation
         self.low_level_channels = 64 * block.expansion
         self.out_channels = in_channels
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = conv_norm_act(x, self.conv1, self.bn1)
+        x = conv_norm_act(x, self.conv1, self.bn1, self.activation)
         low_level = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
         return low_level, self.layer4(self.layer3(self.layer2(low_level)))

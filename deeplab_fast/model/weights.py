@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from . import timm_encoder, xception
 from .deeplab import DeepLab
 
-# torchvision's IMAGENET1K_V1 files; the last part of a name is the start of the file's SHA-256.
+_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
+# torchvision's IMAGENET1K_V1 files, and TensorFlow's Xceptions as timm converted them; the last part of a name is the
+# start of the file's SHA-256.
 IMAGENET = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
     "resnet34": "https://download.pytorch.org/models/resnet34-b627a593.pth",
@@ -24,6 +28,9 @@ IMAGENET = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
     "mobilenet_v2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+    "xception41": _TIMM + "tf_xception_41-e6439c97.pth",
+    "xception65": _TIMM + "tf_xception_65-c9ae96e8.pth",
+    "xception71": _TIMM + "tf_xception_71-8eec7df1.pth",
 }
 
 # What an ImageNet file holds beyond the backbone of a DeepLab.
@@ -32,18 +39,33 @@ IMAGENET_HEADS = ("fc.", "classifier.", "features.18.")
 # The keys under which training scripts keep the state_dict.
 NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
 
+# Training scripts keep their best score as a number of NumPy's. Under both names that the function has had.
+_NUMPY_SCALARS: list[Any] = [
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")),
+]
+
 
 def load_backbone_weights(model: DeepLab, source: str) -> None:
-    """Load weights with torchvision's key names into `model.backbone`.
+    """Load weights with torchvision's key names, or timm's of an Xception, into `model.backbone`.
 
-    source: the path of a file, a URL, or a name in `IMAGENET`; downloads are kept in torch.hub's folder.
+    source: the path of a file, a URL or a name in `IMAGENET`, whose downloads are kept in torch.hub's folder, or
+    timm:NAME, whose are timm's.
     The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
     (then its `backbone.` keys are taken) and ImageNet's classifier. Any other difference raises UserError.
     """
+    if source.startswith(timm_encoder.PREFIX):
+        state = timm_encoder.pretrained_state(source, model.output_stride)
+        _load(model.backbone, state, f"the published weights of {source}")
+        return
     path = _locate(source)
     state = read_state_dict(path)
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
         state = inner
+    if "blocks.0.stack.conv1.conv_dw.weight" in state:
+        state = xception.from_timm(state)
     state = {k: v for k, v in state.items() if not k.startswith(IMAGENET_HEADS)}
     _explain_other_kind(model.backbone, state, path)
     _load(model.backbone, state, f"the backbone weights of {path}")
@@ -65,7 +87,8 @@ def read_file(path: str | Path) -> Any:
     """What torch.save wrote to the file, on the CPU; tensors and plain Python types only, no code is run."""
     path = Path(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_SCALARS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such weights file") from error
     except (
@@ -135,8 +158,8 @@ def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
     missing = [k for k in own if k not in state and not k.endswith("num_batches_tracked")]
     unknown = [k for k in state if k not in own]
     if missing or unknown:
-        found = [f"lack {_some(missing)}"] if missing else []
-        found += [f"hold {_some(unknown)}, unknown to it"] if unknown else []
+        found = [f"lack {some_of(missing)}"] if missing else []
+        found += [f"hold {some_of(unknown)}, unknown to it"] if unknown else []
         raise UserError(f"{what} are not for this model: they {' and '.join(found)}")
     shapes = [
         f"{k} is {tuple(v.shape)} where the model has {tuple(own[k].shape)}"
@@ -144,9 +167,10 @@ def _load(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
         if v.shape != own[k].shape
     ]
     if shapes:
-        raise UserError(f"{what} have other shapes: {_some(shapes)}")
+        raise UserError(f"{what} have other shapes: {some_of(shapes)}")
     module.load_state_dict(state, strict=False)
 
 
-def _some(names: list[str]) -> str:
+def some_of(names: list[str]) -> str:
+    """The first three, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
