@@ -146,6 +146,18 @@ class OptimConfig:
     """weight of each class in the loss; None: all 1"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes"""
+    focal_gamma: float = 0.0
+    """exponent of the focal loss, (1 - p) ** gamma times the cross entropy of each pixel; 0: cross entropy"""
+    mining: Literal["none", "ohem", "top_k"] = "none"
+    """learn from the hard pixels of each forward pass only: by their probability, or the share with the largest loss"""
+    ohem_threshold: float = 0.7
+    """ohem: a pixel is hard where the probability of its class is at most this"""
+    ohem_min_kept: float = 1 / 16
+    """ohem: share of all pixels, ignored ones too, that is kept however large their probability"""
+    top_k: float = 0.25
+    """top_k: share of all pixels, ignored ones too, that is kept"""
+    top_k_steps: int = 0
+    """top_k: steps in which that share falls linearly from 1"""
 
 
 @dataclass(frozen=True)
@@ -208,6 +220,11 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.ema_decay": (0, 1),
     "optim.class_weights": (0, None),
     "optim.label_smoothing": (0, 1),
+    "optim.focal_gamma": (0, 32),
+    "optim.ohem_threshold": (0, 1),
+    "optim.ohem_min_kept": (0, 1),
+    "optim.top_k": (0, 1),
+    "optim.top_k_steps": (0, None),
     "run.seed": (0, 2**31 - 1),
     "run.threads": (0, None),
     "run.log_every": (1, None),
@@ -241,6 +258,11 @@ class Config:
             raise UserError(f"--scale-min {self.augment.scale_min} is larger than --scale-max {self.augment.scale_max}")
         if self.optim.nesterov and not self.optim.momentum:
             raise UserError("--nesterov --momentum 0: expected a momentum above 0")
+        if self.optim.focal_gamma and self.optim.label_smoothing:
+            raise UserError(
+                f"--focal-gamma {self.optim.focal_gamma} --label-smoothing {self.optim.label_smoothing}: "
+                "expected one of them, the other 0"
+            )
         if self.optim.optimizer == "adamw" and self.optim.momentum == 1:
             raise UserError("--optimizer adamw --momentum 1: expected a momentum under 1")
 
