@@ -142,8 +142,9 @@ class OptimConfig:
     """largest norm of the gradient; 0: no clipping"""
     ema_decay: float = 0.0
     """decay a step of the averaged weights, which are then validated and saved as the model; 0: off"""
-    class_weights: tuple[float, ...] | None = None
-    """weight of each class in the loss; None: all 1"""
+    class_weights: tuple[float, ...] | Literal["enet", "median"] | None = None
+    """weight of each class in the loss, or measured on the training split: enet, 1 / ln(1.02 + share of the pixels), or
+    median, median frequency over its own; None: all 1"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes"""
     focal_gamma: float = 0.0
@@ -249,7 +250,9 @@ class Config:
         for name, (low, high) in _BOUNDS.items():
             group, _, item = name.partition(".")
             value = getattr(getattr(self, group), item)
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            for number in (
+                value if isinstance(value, tuple) else () if value is None or isinstance(value, str) else (value,)
+            ):
                 within = (low is None or number >= low) and (high is None or number <= high)
                 if not (within and math.isfinite(number)):
                     bounds = f"at least {low}" if high is None else f"from {low} to {high}"

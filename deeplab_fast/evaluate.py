@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -103,8 +103,8 @@ def mask_paths(dataset: Dataset, root: str | None, folder: Path) -> list[Path]:
     return paths
 
 
-def check_json(path: Path) -> None:
-    """UserError unless `path` is a new file or one that --json wrote."""
+def check_json(path: Path, keys: Collection[str] = ("confusion", "checkpoint"), what: str = "scores") -> None:
+    """UserError unless `path` is a new file or one that --json wrote, whose object has `keys`."""
     saved = None
     try:
         if not path.name or path.is_dir():
@@ -116,8 +116,8 @@ def check_json(path: Path) -> None:
                 saved = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}") from error
-    if not (isinstance(saved, dict) and {"confusion", "checkpoint"} <= saved.keys()):
-        raise UserError(f"--json {path} exists and does not hold scores of this command; choose another name")
+    if not (isinstance(saved, dict) and set(keys) <= saved.keys()):
+        raise UserError(f"--json {path} exists and does not hold {what} of this command; choose another name")
 
 
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
