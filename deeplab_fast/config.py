@@ -48,9 +48,15 @@ class AugmentConfig:
     crop_size: tuple[int, int] = (513, 513)
     """height and width of a training crop, in pixels"""
     scale_min: float = 0.5
-    """smallest random scale, drawn uniformly; equal to scale_max: no random scale"""
+    """smallest random scale; equal to scale_max: no random scale"""
     scale_max: float = 2.0
     """largest random scale"""
+    scale_sampling: Literal["uniform", "log", "step"] = "uniform"
+    """uniform; log: halving as likely as doubling; step: one of scale_min, scale_min + scale_step ... scale_max"""
+    scale_step: float = 0.25
+    """step: distance of two scales"""
+    base_size: int = 0
+    """length in pixels of the image's shorter side at scale 1; 0: its own"""
     flip: float = 0.5
     """probability of a left-right flip"""
     jitter: float = 0.0
@@ -118,24 +124,36 @@ class OptimConfig:
     """forward passes in one optimiser step"""
     steps: int = 30_000
     """optimiser steps"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd (with momentum) or adamw"""
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
+    """sgd (with momentum), adamw or rmsprop (with momentum)"""
     lr: float = 0.01
     """peak learning rate of the backbone"""
     head_lr_mult: float = 10.0
     """learning rate of ASPP, decoder and classifier over the backbone's"""
     momentum: float = 0.9
-    """of SGD; AdamW's first beta"""
+    """of SGD and RMSprop; AdamW's first beta"""
     nesterov: bool = False
     """SGD only: Nesterov's momentum"""
     weight_decay: float = 1e-4
-    """L2 penalty of SGD; AdamW's decoupled decay"""
+    """L2 penalty of SGD and RMSprop; AdamW's decoupled decay"""
+    rms_decay: float = 0.99
+    """RMSprop only: decay a step of the averaged squared gradient; TensorFlow's MobileNets have 0.9"""
+    epsilon: float = 1e-8
+    """AdamW and RMSprop: what is added to the root of that average; TensorFlow's MobileNets have 1 in RMSprop"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
+    schedule: Literal["poly", "cosine", "step", "constant"] = "poly"
+    """how the rate falls: (1 - step / steps) ** poly_power, half a cosine to 0, or by step_factor every step_every"""
     poly_power: float = 0.9
-    """the rate falls as (1 - step / steps) ** power"""
+    """poly: the exponent"""
+    step_every: int = 10_000
+    """step: steps between two falls"""
+    step_factor: float = 0.1
+    """step: the rate after a fall over that before it"""
     warmup_steps: int = 0
-    """steps in which the rate rises linearly from warmup_lr_mult of its value"""
+    """steps in which the rate rises from warmup_lr_mult of its value"""
+    warmup: Literal["linear", "exponential"] = "linear"
+    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after"""
     warmup_lr_mult: float = 0.01
     """where the warm-up starts, over the peak rate"""
     clip_norm: float = 0.0
@@ -202,6 +220,8 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "augment.crop_size": (1, None),
     "augment.scale_min": (0.01, None),
     "augment.scale_max": (0.01, None),
+    "augment.scale_step": (0.01, None),
+    "augment.base_size": (0, None),
     "augment.flip": (0, 1),
     "augment.jitter": (0, 1),
     "augment.blur": (0, 1),
@@ -214,7 +234,11 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.head_lr_mult": (0, None),
     "optim.momentum": (0, 1),
     "optim.weight_decay": (0, None),
+    "optim.rms_decay": (0, 1),
+    "optim.epsilon": (0, None),
     "optim.poly_power": (0, None),
+    "optim.step_every": (1, None),
+    "optim.step_factor": (0, 1),
     "optim.warmup_steps": (0, None),
     "optim.warmup_lr_mult": (0, 1),
     "optim.clip_norm": (0, None),
@@ -259,6 +283,8 @@ class Config:
                     raise UserError(f"--{item.replace('_', '-')} {number}: expected {bounds}")
         if self.augment.scale_min > self.augment.scale_max:
             raise UserError(f"--scale-min {self.augment.scale_min} is larger than --scale-max {self.augment.scale_max}")
+        if self.optim.warmup == "exponential" and self.optim.warmup_steps and not self.optim.warmup_lr_mult:
+            raise UserError("--warmup exponential --warmup-lr-mult 0: expected a number above 0 to start from")
         if self.optim.nesterov and not self.optim.momentum:
             raise UserError("--nesterov --momentum 0: expected a momentum above 0")
         if self.optim.focal_gamma and self.optim.label_smoothing:
