@@ -36,7 +36,17 @@ class TrainCommand:
 # What a resumed run may change: nothing that the numbers depend on.
 _FREE_ON_RESUME = {"data.root", "data.workers", "data.check"} | {
     f"run.{name}"
-    for name in ("device", "compile", "threads", "log_every", "val_every", "save_every", "sample_count", "tensorboard")
+    for name in (
+        "device",
+        "compile",
+        "recompute",
+        "threads",
+        "log_every",
+        "val_every",
+        "save_every",
+        "sample_count",
+        "tensorboard",
+    )
 }
 
 

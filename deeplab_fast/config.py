@@ -108,10 +108,18 @@ class ModelConfig:
     """3x3 convolutions after the concat: 1 or 2"""
     dropout: float = 0.1
     """dropout after ASPP's projection"""
+    decoder_dropout: tuple[float, ...] = ()
+    """dropout after each of the decoder's 3x3 convolutions; empty: none"""
     align_corners: bool = False
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
     """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+    norm_momentum: float = 0.1
+    """share of a batch in the running statistics of the backbone's batch norms"""
+    head_norm_momentum: float = 0.1
+    """the same for those of ASPP, decoder and auxiliary head"""
+    auxiliary: bool = False
+    """a second head on the backbone's third stage, for the training loss alone (see auxiliary_weight)"""
 
 
 @dataclass(frozen=True)
@@ -167,6 +175,8 @@ class OptimConfig:
     """share of the target spread over all classes"""
     focal_gamma: float = 0.0
     """exponent of the focal loss, (1 - p) ** gamma times the cross entropy of each pixel; 0: cross entropy"""
+    auxiliary_weight: float = 0.4
+    """weight of the auxiliary head's cross entropy (PSPNet, section 3.3; torchvision's script has 0.5)"""
     mining: Literal["none", "ohem", "top_k"] = "none"
     """learn from the hard pixels of each forward pass only: by their probability, or the share with the largest loss"""
     ohem_threshold: float = 0.7
@@ -195,6 +205,9 @@ class RunConfig:
     """channels-last activations and weights"""
     compile: bool = False
     """torch.compile the model"""
+    recompute: bool = False
+    """compute the backbone's blocks again in the backward pass instead of keeping what is inside them (activation
+    checkpointing): less memory, a forward pass of the backbone more"""
     threads: int = 0
     """CPU threads; 0: all that torch would take"""
     log_every: int = 10
@@ -246,6 +259,7 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.class_weights": (0, None),
     "optim.label_smoothing": (0, 1),
     "optim.focal_gamma": (0, 32),
+    "optim.auxiliary_weight": (0, None),
     "optim.ohem_threshold": (0, 1),
     "optim.ohem_min_kept": (0, 1),
     "optim.top_k": (0, 1),
@@ -283,6 +297,8 @@ class Config:
                     raise UserError(f"--{item.replace('_', '-')} {number}: expected {bounds}")
         if self.augment.scale_min > self.augment.scale_max:
             raise UserError(f"--scale-min {self.augment.scale_min} is larger than --scale-max {self.augment.scale_max}")
+        if self.run.recompute and self.run.compile:
+            raise UserError("--recompute --compile: expected one of them; torch.compile chooses what it recomputes")
         if self.optim.warmup == "exponential" and self.optim.warmup_steps and not self.optim.warmup_lr_mult:
             raise UserError("--warmup exponential --warmup-lr-mult 0: expected a number above 0 to start from")
         if self.optim.nesterov and not self.optim.momentum:

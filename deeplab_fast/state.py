@@ -45,6 +45,9 @@ class Training:
             load_initial_weights(self.model, config)
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)
+        if config.run.recompute and not hasattr(self.model.backbone, "recompute"):
+            raise UserError(f"--recompute: the backbone {config.model.backbone} has no blocks for it")
+        self.model.backbone.recompute = config.run.recompute
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.optimizer = build_optimizer(self.model, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)

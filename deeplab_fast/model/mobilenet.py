@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .layers import conv_norm_act, is_plain
 from .norm import make_conv, make_norm
+from .recompute import run_block
 
 # Expansion, channels, blocks, stride of the first block (MobileNetV2, table 2).
 STAGES = (
@@ -80,6 +81,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """x (N, 3, H, W) -> (features.3's output at stride 4, features.17's at `output_stride`).
 
+    With `auxiliary` features.13's stands between, the last at stride 16.
+
     Strides beyond `output_stride` become dilation; for `first_block_dilation` see `build_model`.
     """
 
@@ -109,11 +112,15 @@ class MobileNetV2(nn.Module):
                 )
                 in_channels = out_channels
         self.features = nn.Sequential(*blocks)
+        self.recompute = False
+        self.auxiliary_channels = scaled(96, width_mult)
         self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, auxiliary: bool = False) -> tuple[Tensor, ...]:
         for i, block in enumerate(self.features):
-            x = block(x)
+            x = run_block(block, x, self.recompute)
             if i == 3:
                 low_level = x
-        return low_level, x
+            elif i == 13:
+                middle = x
+        return (low_level, middle, x) if auxiliary else (low_level, x)
