@@ -55,6 +55,10 @@ class PredictCommand:
     """height and width of overlapping windows; 0 0: whole images, 1024 x 1024 above 2048 x 2048 pixels"""
     overlap: float = DEFAULT_OVERLAP
     """share of a window that the next one covers again"""
+    scales: tuple[float, ...] = (1.0,)
+    """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
+    flip: bool = False
+    """average over the mirrored image as well"""
 
 
 class Job(NamedTuple):
@@ -166,6 +170,8 @@ def predict(command: PredictCommand) -> int:
             channels_last=config.run.channels_last,
             window=command.window if any(command.window) else None,
             overlap=command.overlap,
+            scales=command.scales,
+            flip=command.flip,
         )
         mask = mask.cpu().numpy()
         save_palette_png(job.mask, mask, classes)
