@@ -25,7 +25,12 @@ def test_it_reads_the_third_stage_and_is_torchvisions_graph(backbone, stride, ch
     torch.manual_seed(0)
     model = build_model(backbone=backbone, output_stride=stride, auxiliary=True, **SMALL).train()
     x = torch.randn(2, 3, 64, 64)
+    stage = model.backbone.features[13] if backbone == "mobilenet_v2" else model.backbone.layer3
+    seen = []
+    stage.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.auxiliary.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     logits, extra = model(x)
+    assert len(seen) == 2 and seen[0] is seen[1]
     assert logits.shape == (2, 5, 16, 16) and extra.shape == (2, 5, size, size)
 
     head, quarter = model.auxiliary, channels // 4

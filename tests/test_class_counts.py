@@ -81,6 +81,14 @@ def test_the_cache_holds_while_the_masks_do(root, monkeypatch):
     assert count_classes(open_folder(root), 0).pixels == (10, 50, 20, 100)
 
 
+def test_a_mask_written_anew_is_not_the_one_that_was_counted(root):
+    """Its size may be the same."""
+    before = cache_path(open_folder(root))
+    assert cache_path(open_folder(root)) == before
+    os.utime(root / "train" / "masks" / "b.png", ns=(5, 5))
+    assert cache_path(open_folder(root)) != before
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{}", '{"pixels": [1], "images": [1], "pixels_there": [1]}'])
 def test_a_broken_cache_is_counted_anew(root, content):
     path = cache_path(open_folder(root))
