@@ -49,7 +49,7 @@ def expected(name: str, dtype: str, device: torch.device) -> list[Tensor]:
     return [y.detach()[:1].clone(), *(g[:1].clone() if g.dim() == 4 else g for g in grads)]
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "eager", "eager_nchw", "compile"])
+@pytest.mark.parametrize("variant", ["native", "triton", "reference", "eager", "eager_nchw", "compile"])
 @pytest.mark.parametrize("name, dtype", CASES)
 def bench_batch_norm_act(timed, device, name, dtype, variant):
     shape, activation, _, _ = BATCH_NORMS[name]

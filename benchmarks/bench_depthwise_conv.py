@@ -81,7 +81,7 @@ def layer(variant: str, given: list[Tensor], stride: int, dilation: int) -> Call
     return functools.partial(function, x, weight, *norm, stride=stride, dilation=dilation)
 
 
-@pytest.mark.parametrize("variant", ["native", "eager", "eager_nchw", "pad", "compile", "pad_compile"])
+@pytest.mark.parametrize("variant", ["native", "triton", "eager", "eager_nchw", "pad", "compile", "pad_compile"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DEPTHWISE)
 def bench_depthwise_conv(timed, device, name, dtype, variant):
@@ -91,11 +91,12 @@ def bench_depthwise_conv(timed, device, name, dtype, variant):
         pytest.skip("the workaround is one for a dilation above 6")
     given = tensors(shape, dtype, device)
     run = layer(variant, given, stride, dilation)
-    if variant == "native" and (reason := dispatch.explain(OP, *given[:4], stride, dilation, ACTIVATION)[variant]):
+    backends = dispatch.explain(OP, *given[:4], stride, dilation, ACTIVATION)
+    if reason := backends.get(variant):
         pytest.skip(reason)
 
     def check(y: Tensor) -> None:
-        if variant == "native":
+        if variant in backends:
             assert dispatch.last_backend(OP) == variant
             assert_close(y, expected(shape, dtype, stride, dilation, device))
         else:
@@ -114,7 +115,7 @@ def close_to_eager(y: Tensor, truth: Tensor) -> None:
     assert_close(y, truth)
 
 
-@pytest.mark.parametrize("variant", ["native", "single_calls", "eager"])
+@pytest.mark.parametrize("variant", ["native", "single_calls", "triton", "triton_single_calls", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DEPTHWISE_RATES)
 def bench_depthwise_conv_rates(timed, device, name, dtype, variant):
@@ -123,14 +124,15 @@ def bench_depthwise_conv_rates(timed, device, name, dtype, variant):
     x, weight, *norm = given
     scale, shift = folded(*norm)
     three = [[tensor] * len(dilations) for tensor in (weight, scale, shift)]
-    if reason := dispatch.explain("depthwise_conv_rates", x, *three, dilations, ACTIVATION)["native"]:
+    backends = dispatch.explain(f"{OP}_rates", x, *three, dilations, ACTIVATION)
+    backend = "native" if variant == "single_calls" else variant.removesuffix("_single_calls")
+    if reason := backends.get(backend):
         pytest.skip(reason)
-    if variant == "native":
-        options = {"dilations": dilations, "activation": ACTIVATION, "backend": "native"}
+    if variant in backends:
+        options = {"dilations": dilations, "activation": ACTIVATION, "backend": variant}
         run = functools.partial(depthwise_conv_rates, x, *three, **options)
     else:
-        single = {"single_calls": "native"}.get(variant, variant)
-        calls = [layer(single, given, 1, dilation) for dilation in dilations]
+        calls = [layer(backend, given, 1, dilation) for dilation in dilations]
         run = lambda: [call() for call in calls]  # noqa: E731
 
     def check(results: list[Tensor]) -> None:
@@ -149,16 +151,17 @@ def eager_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) -> t
     return y, mean, variance
 
 
-@pytest.mark.parametrize("variant", ["native", "eager"])
+@pytest.mark.parametrize("variant", ["native", "triton", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", [name for name in DEPTHWISE if "train" in name or TINY])
 def bench_depthwise_conv_statistics(timed, device, name, dtype, variant):
     shape, stride, dilation = DEPTHWISE[name]
     x, weight, *_ = tensors(shape, dtype, device)
-    if reason := dispatch.explain("depthwise_conv_statistics", x, weight, stride, dilation)["native"]:
+    backends = dispatch.explain(f"{OP}_statistics", x, weight, stride, dilation)
+    if reason := backends.get(variant):
         pytest.skip(reason)
     run: Callable[[], Any] = functools.partial(eager_statistics, x, weight, stride, dilation)
-    if variant == "native":
+    if variant in backends:
         options = {"stride": stride, "dilation": dilation, "backend": variant}
         run = functools.partial(depthwise_conv_statistics, x, weight, **options)
     truth = depthwise_conv_statistics_reference(x, weight, stride, dilation)

@@ -37,7 +37,7 @@ def expected_gradients(
     return depthwise_conv_backward_reference(*(t.float() for t in tensors), stride, dilation, True, True)
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "eager", "eager_nchw"])
+@pytest.mark.parametrize("variant", ["native", "triton", "reference", "eager", "eager_nchw"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DEPTHWISE_BACKWARD)
 def bench_depthwise_conv_backward(timed, device, name, dtype, variant):

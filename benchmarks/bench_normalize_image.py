@@ -62,7 +62,7 @@ def expected(name: str, kind: str, device: torch.device) -> Tensor:
     return normalize_image_reference(*batch(IMAGES[name], kind, device), torch.float64)
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "eager", "compile"])
+@pytest.mark.parametrize("variant", ["native", "triton", "reference", "eager", "compile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["plain", "jitter", "blur"])
 @pytest.mark.parametrize("name", IMAGES)

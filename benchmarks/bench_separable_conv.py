@@ -19,7 +19,7 @@ from deeplab_fast.testing import assert_close
 OP = "separable_conv"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = {"compile": ("aspp", "decoder", "tiny"), "pad_compile": ("aspp",)}  # and the shapes they run at
-VARIANTS = ["native", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
+VARIANTS = ["native", "triton", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
 if TINY:
     VARIANTS.append("reference")  # fp32 arithmetic of eager layers: slow at real sizes, and nothing new
 
@@ -101,5 +101,6 @@ def bench_separable_conv(timed, device, name, dtype, variant):
 
     # x is read and y is written, once; the weights are little beside them.
     bytes_moved = x.element_size() * (x.numel() + x.numel() // x.shape[1] * pointwise.shape[0])
+    run, flops = runner(name, dtype, variant, device), 2 * x.numel() * pointwise.shape[0]  # the product's
     with torch.inference_mode():
-        timed(f"{OP} {name} {dtype}", variant, runner(name, dtype, variant, device), check, bytes_moved)
+        timed(f"{OP} {name} {dtype}", variant, run, check, bytes_moved, flops)

@@ -18,7 +18,7 @@ from deeplab_fast.testing import assert_close
 
 OP = "upsample_concat"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-VARIANTS = ["native", "reference", "eager", "eager_nchw", "compile"]
+VARIANTS = ["native", "triton", "reference", "eager", "eager_nchw", "compile"]
 
 
 def eager(x: Tensor, low_level: Tensor) -> Tensor:
@@ -27,6 +27,12 @@ def eager(x: Tensor, low_level: Tensor) -> Tensor:
 
 
 compiled = torch.compile(eager, dynamic=False)
+
+
+def autocast(x: Tensor, low_level: Tensor) -> Tensor:
+    """Upsampled and concatenated in fp32, as a GPU's autocast has it; the layer after it takes its own dtype."""
+    with torch.autocast(x.device.type, x.dtype):
+        return eager(x, low_level).to(x.dtype)
 
 
 @functools.cache
@@ -56,6 +62,10 @@ def forward_of(variant: str, x: Tensor, low_level: Tensor) -> Callable[[Tensor, 
         if TINY and x.dtype == torch.bfloat16:
             pytest.skip("one compilation is enough to show that it works")
         return compiled
+    if variant == "autocast":
+        if x.device.type == "cpu" or x.dtype == torch.float32:
+            pytest.skip("autocast leaves this as it is")
+        return autocast
     if variant.startswith("eager"):
         return eager
     if reason := dispatch.explain(OP, x, low_level, False)[variant]:
@@ -63,7 +73,7 @@ def forward_of(variant: str, x: Tensor, low_level: Tensor) -> Callable[[Tensor, 
     return functools.partial(upsample_concat, backend=variant)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "autocast"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DECODERS)
 def bench_forward(timed, device, name, dtype, variant):
@@ -87,7 +97,7 @@ def bench_forward(timed, device, name, dtype, variant):
     timed(f"{OP} {name} {dtype}", variant, run, check, bytes_moved)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, "autocast"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DECODERS_TRAINED)
 def bench_forward_and_backward(timed, device, name, dtype, variant):
@@ -103,7 +113,7 @@ def bench_forward_and_backward(timed, device, name, dtype, variant):
         return (result.detach(), *torch.autograd.grad(result, pair, grad))
 
     def check(results: tuple[Tensor, ...]) -> None:
-        if variant == "native":
+        if variant in ("native", "triton"):
             assert dispatch.last_backend(f"{OP}_backward") == variant
         for mine, true in zip(results, expected(*case), strict=True):
             assert_close(mine, true)

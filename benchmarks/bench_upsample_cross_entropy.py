@@ -42,7 +42,7 @@ def expected(name: str, dtype: str, device: torch.device) -> tuple[Tensor, Tenso
     return loss.detach(), torch.autograd.grad(loss, logits)[0]
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "eager", "eager_nchw", "compile"])
+@pytest.mark.parametrize("variant", ["native", "triton", "reference", "eager", "eager_nchw", "compile"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("grad", ["forward", "forward_backward"])
 @pytest.mark.parametrize("name", UPSAMPLED_LOGITS_TRAINED)

@@ -1,13 +1,13 @@
 """What every benchmark shares: warm memory, the machine's own roof, and a check before any time.
 
-`timed` verifies a variant, times it with pytest-benchmark, then cold (its results in fresh pages), and remembers it.
-With --save-results `ratios.py` runs every group again with its variants interleaved, and writes results/<device>.json.
+`timed` verifies a variant, times it with pytest-benchmark, then cold, and remembers it. With --save-results `ratios.py`
+runs each group again once its last variant is through, all of them interleaved, and writes results/<device>.json. On a
+GPU what torch.compile made runs in two modes, the second under the name "compile_max".
 """
 
 from __future__ import annotations
 
 import functools
-import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -16,14 +16,56 @@ import pytest
 import torch
 import torch._dynamo
 
-from benchmarks.ratios import ROUNDS, WARM_UP, Variant, cold_seconds, copying, peak_bytes, save, seconds
+from benchmarks.ratios import (
+    ROUNDS,
+    WARM_UP,
+    Variant,
+    ceilings,
+    cold_seconds,
+    copying,
+    in_present_mode,
+    median_seconds,
+    ours,
+    peak_bytes,
+    save,
+)
 from benchmarks.shapes import TINY, use_gpu_sizes
 from deeplab_fast.device import set_allocator
 
-ROOF_BYTES = 1 << (17 if TINY else 29)  # read and written by the copy: more than any cache holds
+# Read and written by the copy: more than any cache holds.
+ROOF_BYTES = {"cpu": 1 << (17 if TINY else 29), "cuda": 1 << (17 if TINY else 33)}
+ROOF_SIDE = {"cpu": 64 if TINY else 1024, "cuda": 64 if TINY else 8192}
 
-GROUPS: dict[str, dict[str, Variant]] = defaultdict(dict)
+GROUPS: dict[str, dict[str, Variant]] = defaultdict(dict)  # those that are yet to be interleaved
 ROWS: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)  # what the second table shows
+FAILED: dict[str, str] = {}  # group to the reason why it was not interleaved
+
+
+class BothModes:
+    """What torch.compile returns on a GPU: the function compiled in both modes, each when it is first called.
+
+    No CUDA graph of torch's own: `capture.py` makes one of every variant.
+    """
+
+    mode = "default"
+
+    def __init__(self, compiler: Callable[..., Any], function: Callable[..., Any], **options: Any) -> None:
+        modes = {"default": None, "max": "max-autotune-no-cudagraphs"}
+        self.compiled = {name: compiler(function, mode=mode, **options) for name, mode in modes.items()}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiled[BothModes.mode](*args, **kwargs)
+
+
+def in_max_mode(run: Callable[[], Any]) -> Callable[[], Any]:
+    def tuned() -> Any:
+        BothModes.mode = "max"
+        try:
+            return run()
+        finally:
+            BothModes.mode = "default"
+
+    return tuned
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,9 +74,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.roof = None
+    config.roof = config.saved = None
     if config.getoption("--device") == "cuda":
         use_gpu_sizes()
+        torch.compile = functools.partial(BothModes, torch.compile)
+        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32, for the expected results above all
     # A compiled function that meets its ninth shape would else be eager from there on, under the name "compile".
     torch._dynamo.config.recompile_limit = 256
     torch._dynamo.config.fail_on_recompile_limit_hit = True
@@ -56,12 +100,6 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(name)
 
 
-def median_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    for _ in range(WARM_UP):
-        run()
-    return statistics.median(seconds(run, device) for _ in range(3 * ROUNDS))
-
-
 @pytest.fixture(scope="session")
 def copy_gb_s(device: torch.device) -> Callable[[int], float]:
     """`copy_gb_s(bytes_moved)`: the rate in this run of a copy that reads and writes so many bytes in all."""
@@ -75,36 +113,45 @@ def copy_gb_s(device: torch.device) -> Callable[[int], float]:
 
 
 @pytest.fixture(scope="session")
-def roof(device: torch.device, copy_gb_s: Callable[[int], float], pytestconfig: pytest.Config) -> dict[str, float]:
+def roof(device: torch.device, pytestconfig: pytest.Config) -> dict[str, float]:
     """This device's memory and arithmetic in this run: copy_gb_s is read and written, matmul_tflop_s is bf16."""
-    n = 64 if TINY else 8192 if device.type == "cuda" else 1024
-    a = torch.randn(n, n, device=device).bfloat16()
-    pytestconfig.roof = {
-        "copy_gb_s": copy_gb_s(ROOF_BYTES),
-        "matmul_tflop_s": 2 * n**3 / median_seconds(lambda: a @ a, device) / 1e12,
-    }
+    pytestconfig.roof = ceilings(device, ROOF_BYTES[device.type], ROOF_SIDE[device.type])
     return pytestconfig.roof
 
 
-def in_present_mode(run: Callable[[], Any]) -> Callable[[], Any]:
-    """`run` as it would run here: --save-results calls it again when the benchmark's no_grad() is long over."""
-    inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+def finish(config: pytest.Config) -> None:
+    """Interleaves and saves the groups that are complete; one that fails is remembered, and the others go on."""
+    if not config.getoption("--save-results"):
+        GROUPS.clear()
+    device = torch.device(config.getoption("--device"))
+    for group in list(GROUPS):
+        variants = GROUPS.pop(group)
+        try:
+            config.saved = save(
+                {group: variants}, config.roof, device, config.keeps_freed_memory, fresh=starts_anew(config, device)
+            )
+        except (AssertionError, RuntimeError) as error:
+            FAILED[group] = f"{type(error).__name__}: {error}".partition("\n")[0]
 
-    def same() -> Any:
-        with torch.inference_mode(inference), torch.set_grad_enabled(grad and not inference):
-            return run()
 
-    return same
+def starts_anew(config: pytest.Config, device: torch.device) -> bool:
+    """A CPU's file is of one run; a GPU's is made of many, each of some of the benchmarks."""
+    return device.type == "cpu" and config.saved is None
 
 
 @pytest.fixture
 def timed(
-    benchmark: Any, device: torch.device, roof: dict[str, float], copy_gb_s: Callable[[int], float]
+    benchmark: Any,
+    device: torch.device,
+    roof: dict[str, float],
+    copy_gb_s: Callable[[int], float],
+    pytestconfig: pytest.Config,
 ) -> Callable[..., None]:
-    """`timed(group, variant, run, check, bytes_moved)`.
+    """`timed(group, variant, run, check, bytes_moved)`; a group's variants come one after the other.
 
     run: computes the result; check: raises where that result is wrong, so that no time is printed for it
     bytes_moved: what has to be read and written at least; GB/s and the share of a copy of as many follow
+    flops: of matrix products that may bind instead; their share of the matrix rate follows, on a GPU
     """
 
     def measure(
@@ -113,7 +160,10 @@ def timed(
         run: Callable[[], Any],
         check: Callable[[Any], None],
         bytes_moved: int,
+        flops: int = 0,
     ) -> None:
+        if group not in GROUPS:  # the one before is complete
+            finish(pytestconfig)
         run = in_present_mode(run)
         check(run())
         synchronised = run
@@ -132,10 +182,14 @@ def timed(
             ROWS[group][variant] = {
                 "ms": benchmark.stats.stats.median * 1e3,
                 **benchmark.extra_info,
-                "cold_ms": cold_seconds(run) * 1e3 if device.type == "cpu" else None,
+                "cold_ms": cold_seconds(run, device) * 1e3,
                 "peak_mb": peak / 1e6 if (peak := peak_bytes(run, device)) is not None else None,
             }
-        GROUPS[group][variant] = Variant(run, bytes_moved)
+        GROUPS[group][variant] = Variant(run, bytes_moved, check, flops)
+        if device.type == "cuda" and variant.endswith("compile") and bytes_moved:  # 0: a network, tuned for minutes
+            tuned = in_max_mode(run)
+            check(tuned())
+            GROUPS[group][f"{variant}_max"] = Variant(tuned, bytes_moved, check, flops)
 
     return measure
 
@@ -145,9 +199,9 @@ def table(rows: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
     lines = [f"{'':<14}{'warm ms':>10}{'x ours':>9}{'GB/s':>9}{'of copy':>9}{'cold ms':>10}{'peak MB':>10}"]
     for group, variants in rows.items():
         lines.append(group)
-        ours = variants.get("native", {}).get("ms")
+        mine = variants.get(ours(variants), {}).get("ms")
         for name, row in variants.items():
-            ratio = "" if ours is None else f"{row['ms'] / ours:.2f}"
+            ratio = "" if mine is None else f"{row['ms'] / mine:.2f}"
             cold, peak = ("" if row[key] is None else f"{row[key]:.3f}" for key in ("cold_ms", "peak_mb"))
             share = f"{row['share_of_copy']:.0%}"
             lines.append(f"  {name:<12}{row['ms']:>10.3f}{ratio:>9}{row['gb_s']:>9.1f}{share:>9}{cold:>10}{peak:>10}")
@@ -163,7 +217,13 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         f"copy bandwidth of the memory {config.roof['copy_gb_s']:.1f} GB/s (read + write), "
         f"bf16 matrix product {config.roof['matmul_tflop_s']:.2f} TFLOP/s, in this run"
     )
-    if config.getoption("--save-results"):
-        device = torch.device(config.getoption("--device"))
-        path = save(GROUPS, config.roof, device, config.keeps_freed_memory)
-        terminalreporter.write_line(f"wrote {path.relative_to(config.rootpath)}")
+    for group, reason in FAILED.items():
+        terminalreporter.write_line(f"FAILED to interleave {group}: {reason}")
+    if config.saved:
+        terminalreporter.write_line(f"wrote {config.saved.name}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    finish(session.config)
+    if FAILED and session.exitstatus == 0:
+        session.exitstatus = 1

@@ -14,12 +14,14 @@ import tyro
 
 from .errors import UserError
 
+DataName = Literal["scenes", "voc", "cityscapes", "camvid", "ade20k", "coco", "folder"]
+
 
 @dataclass(frozen=True)
 class DataConfig:
     """Which images, and from where."""
 
-    name: Annotated[Literal["scenes", "voc", "cityscapes", "camvid", "folder"], tyro.conf.arg(name="data")] = "scenes"
+    name: Annotated[DataName, tyro.conf.arg(name="data")] = "scenes"
     """the data set; `scenes` is painted on the fly and reads no file"""
     root: str | None = None
     """folder of the data set (not for scenes)"""
@@ -29,6 +31,8 @@ class DataConfig:
     """split to validate on; None: the data set's own (`val`)"""
     year: Literal["2007", "2012"] = "2012"
     """VOC only: which VOCdevkit folder"""
+    sbd: str | None = None
+    """VOC only: folder of the Semantic Boundaries Dataset, whose images, but VOC's val, train and trainval then hold"""
     scene_size: tuple[int, int] = (128, 256)
     """scenes only: height and width that are painted, in pixels"""
     scene_count: int = 10_000

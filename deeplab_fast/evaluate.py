@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import run_command
-from .config import DataConfig
+from .config import DataConfig, DataName
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
 from .data.protocol import CentreCrop
@@ -41,7 +41,7 @@ class EvaluateCommand:
 
     checkpoint: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="CHECKPOINT")]
     """best.pt or last.pt of a training run"""
-    data: Literal["scenes", "voc", "cityscapes", "camvid", "folder"] | None = None
+    data: DataName | None = None
     """the data set; None: the checkpoint's own"""
     root: str | None = None
     """its folder; None: the one in the checkpoint, where --data is not given"""
@@ -99,9 +99,9 @@ def mask_paths(dataset: Dataset, root: str | None, folder: Path) -> list[Path]:
     where a prediction would replace a file of the data set, or any that is not a picture of this project.
     """
     paths = [folder / f"{dataset.stem(i)}.png" for i in range(len(dataset))]
+    if root is not None and folder.resolve().is_relative_to(Path(root).expanduser().resolve()):
+        raise UserError(f"--output {folder} lies in the data set {root}; choose another folder")
     if isinstance(dataset, FileDataset):
-        if root is not None and folder.resolve().is_relative_to(Path(root).expanduser().resolve()):
-            raise UserError(f"--output {folder} lies in the data set {root}; choose another folder")
         # Its folders may be links to elsewhere.
         sources = {p.resolve() for pair in dataset.pairs for p in (pair.image, pair.mask) if p is not None}
         for path in paths:

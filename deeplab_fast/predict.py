@@ -8,6 +8,7 @@ file in their place is an error.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from . import checkpoint
 from .cli import run_command
 from .data.images import read_image
+from .data.submission import check_submission, submission
 from .device import describe, resolve_device, resolve_precision, set_allocator
 from .errors import UserError
 from .files import make_folder
@@ -45,6 +47,8 @@ class PredictCommand:
     """folder for the masks and overlays"""
     overlay: bool = True
     """draw overlays"""
+    submission: Path | None = None
+    """Cityscapes only: also write a zip of labelIds for the benchmark's server, such as of leftImg8bit/test"""
     alpha: float = 0.55
     """share of the class colour in an overlay, 0 to 1"""
     device: str = "auto"
@@ -150,33 +154,34 @@ def predict(command: PredictCommand) -> int:
     device = resolve_device(command.device)
     dtype = resolve_precision(command.precision, device)
     model, config, classes = checkpoint.load_model(command.checkpoint, device)
+    if command.submission is not None:
+        check_submission(command.submission, classes, [job.image for job in jobs])
     for folder in {job.mask.parent for job in jobs}:
         make_folder(folder)
     print(f"{command.checkpoint}, images: {len(jobs)}; {describe(device, dtype)}")
-    broken = 0
-    bar = tqdm(jobs, unit="image", dynamic_ncols=True, disable=None)
-    for job in bar:
-        try:
-            image = read_upright(job.image)
-        except UserError as error:
-            bar.write(f"error: {error}", sys.stderr)
-            broken += 1
-            continue
-        mask = predict_image(
-            model,
-            torch.from_numpy(image),
-            device=device,
-            dtype=dtype,
-            channels_last=config.run.channels_last,
-            window=command.window if any(command.window) else None,
-            overlap=command.overlap,
-            scales=command.scales,
-            flip=command.flip,
-        )
-        mask = mask.cpu().numpy()
-        save_palette_png(job.mask, mask, classes)
-        if command.overlay:
-            save_image(job.overlay, overlay_with_legend(image, mask, classes, alpha=command.alpha))
+    options = {"device": device, "dtype": dtype, "channels_last": config.run.channels_last}
+    options |= {"window": command.window if any(command.window) else None, "overlap": command.overlap}
+    options |= {"scales": command.scales, "flip": command.flip}
+    with contextlib.nullcontext() if command.submission is None else submission(command.submission) as archive:
+        broken = 0
+        bar = tqdm(jobs, unit="image", dynamic_ncols=True, disable=None)
+        for job in bar:
+            try:
+                image = read_upright(job.image)
+            except UserError as error:
+                if archive is not None:
+                    raise UserError(f"{error}; a submission needs every image") from error
+                bar.write(f"error: {error}", sys.stderr)
+                broken += 1
+                continue
+            mask = predict_image(model, torch.from_numpy(image), **options).cpu().numpy()
+            save_palette_png(job.mask, mask, classes)
+            if command.overlay:
+                save_image(job.overlay, overlay_with_legend(image, mask, classes, alpha=command.alpha))
+            if archive is not None:
+                archive.add(job.image, mask)
+    if command.submission is not None:
+        print(f"labelIds of {len(jobs)} images in {command.submission}")
     files = "masks and overlays" if command.overlay else "masks"
     print(f"{len(jobs) - broken} of {len(jobs)} images done: {files} in {command.output}")
     return broken

@@ -79,6 +79,28 @@ def camvid() -> Config:
     )
 
 
+def ade20k() -> Config:
+    """ADE20K's 150 classes: 80k steps of 16 crops of 513, at DeepLabv3+'s rates; no published figure is aimed at."""
+    return Config(
+        data=DataConfig(name="ade20k"),
+        augment=AugmentConfig(crop_size=(513, 513), jitter=0.5),
+        model=ModelConfig(backbone="resnet50", multi_grid=(1, 2, 4)),
+        optim=OptimConfig(batch_size=16, steps=80_000, lr=0.01, head_lr_mult=10.0, warmup_steps=1000),
+        run=RunConfig(output="runs/ade20k", weights="imagenet", val_every=5000, save_every=500),
+    )
+
+
+def coco() -> Config:
+    """COCO with VOC's 21 classes, to start VOC from: the schedule of `voc`, three times as long."""
+    config = voc()
+    return replace(
+        config,
+        data=DataConfig(name="coco"),
+        optim=replace(config.optim, steps=90_000),
+        run=replace(config.run, output="runs/coco", val_every=5000),
+    )
+
+
 def folder() -> Config:
     """A folder of one's own: small crops and a short schedule, to be changed to the data."""
     return Config(
@@ -277,5 +299,5 @@ _RECIPES = (
     voc_resnet101_hualin95,
 )
 PRESETS: dict[str, Callable[[], Config]] = {
-    preset.__name__: preset for preset in (scenes, voc, cityscapes, camvid, folder, *_RECIPES)
+    preset.__name__: preset for preset in (scenes, voc, cityscapes, camvid, ade20k, coco, folder, *_RECIPES)
 }

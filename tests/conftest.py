@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+import torch
+
 from deeplab_fast.testing import SKIPPED_BACKEND
+
+
+def pytest_configure() -> None:
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU a reference in fp32 would else convolve in less
 
 
 def backend_summary(reasons: list[str]) -> str:

@@ -44,6 +44,7 @@ def results(tmp_path, monkeypatch) -> Path:
     for arguments in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "one"]):
         subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
     monkeypatch.setattr(ratios, "RESULTS", folder)
+    monkeypatch.setattr(ratios, "FOLDER", folder.parent)
     return folder
 
 
@@ -102,8 +103,10 @@ def test_commit_says_whether_the_tree_has_changes(results):
 
 def test_no_commit_outside_a_repository(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    monkeypatch.setattr(ratios, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(ratios, "FOLDER", tmp_path)
     assert ratios.commit() is None
+    monkeypatch.setenv("DEEPLAB_FAST_COMMIT", "abc1234")  # a copy of the tree without its history
+    assert ratios.commit() == "abc1234"
 
 
 @pytest.mark.parametrize("agreed, header", [(True, "keeps freed memory"), (False, "refused to keep freed memory")])

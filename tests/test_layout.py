@@ -17,7 +17,10 @@ from deeplab_fast.ops import dispatch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "deeplab_fast"
-OPS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - {"__init__", "dispatch", "gpu", "native", "precision"}
+SHARED = {"__init__", "batch_norm_common", "dispatch", "gpu", "native", "precision"}
+OPS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - SHARED
+# What the kernels of several ops share.
+KERNEL_PARTS = {"__init__", "bilinear", "common", "depthwise_chains"}
 # Where the kernel of a backend may lie; the reference is in the op's own file.
 KERNELS = {
     "native": ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"),
@@ -82,7 +85,7 @@ def test_no_orphans():
     for backend, places in KERNELS.items():
         owners = {op for op in OPS if backend in dispatch.OPS[op].backends}
         for place in places if backend != "reference" else ():
-            found = {path.stem for path in ROOT.glob(place.format("*"))} - {"__init__", "common"}
+            found = {path.stem for path in ROOT.glob(place.format("*"))} - KERNEL_PARTS
             assert found <= owners, f"{place}: no op has {found - owners} as {backend}"
     modules = {path.stem for path in PACKAGE.rglob("*.py")} | {path.parent.stem for path in PACKAGE.rglob("*.py")}
     ops_modules = {path.stem for path in (PACKAGE / "ops").glob("*.py")}

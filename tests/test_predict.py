@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from deeplab_fast import checkpoint
 from deeplab_fast.config import Config
 from deeplab_fast.data.augment import MEAN, STD
-from deeplab_fast.data.labels import Classes
+from deeplab_fast.data.labels import CITYSCAPES, Classes
 from deeplab_fast.errors import UserError
 from deeplab_fast.predict import find_images, main, plan, read_upright
 from deeplab_fast.visualize import overlay_with_legend
@@ -235,3 +237,36 @@ def test_wrong_arguments_are_one_sentence(photos, tmp_path):
         run(photos, "--output", tmp_path / "out", "--alpha", 1.5)
     with pytest.raises(UserError, match="the folder .*a.png/out cannot be made"):
         run(photos, "--output", photos / "a.png" / "out")
+
+
+def test_submission_holds_label_ids_and_is_there_whole_or_not_at_all(photos, tmp_path, monkeypatch):
+    save_photo = lambda name: Image.fromarray(half_bright()).save(photos / name)  # noqa: E731
+    for city in ("berlin", "bonn"):
+        save_photo(f"{city}_000000_000019_leftImg8bit.png")
+    archive = tmp_path / "out.zip"
+    arguments = [photos, "--output", tmp_path / "out", "--submission", archive]
+    with pytest.raises(UserError, match="the checkpoint has other classes"):
+        run(*arguments)
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (Threshold(), Config(), CITYSCAPES))
+    (photos / "broken.png").write_bytes(b"PNG")
+    with pytest.raises(UserError, match="broken.png cannot be read: .*; a submission needs every image"):
+        run(*arguments)
+    assert not archive.exists() and not list(tmp_path.glob(".out*"))
+    (photos / "broken.png").unlink()
+    assert run(*arguments) == 0
+    with zipfile.ZipFile(archive) as file:
+        assert sorted(file.namelist()) == [f"{c}_000000_000019_pred_labelIds.png" for c in ("berlin", "bonn")]
+        ids = np.array(Image.open(io.BytesIO(file.read("bonn_000000_000019_pred_labelIds.png"))))
+    # The classes 0 and 1 are road, 7 among the ids, and sidewalk, 8.
+    np.testing.assert_array_equal(ids, 7 + expected_mask(half_bright()))
+    for wrong, why in (
+        (archive, "exists"),
+        (tmp_path / "a.tar", "expected the name of a .zip"),
+        (tmp_path / "no/a.zip", "no does not exist"),
+    ):
+        with pytest.raises(UserError, match=why):
+            run(photos, "--output", tmp_path / "out", "--submission", wrong)
+    (photos / "again").mkdir()
+    save_photo("again/bonn_000000_000019_leftImg8bit.png")
+    with pytest.raises(UserError, match="two images are called bonn"):
+        run(photos, "--output", tmp_path / "out", "--submission", tmp_path / "b.zip")

@@ -13,7 +13,7 @@ constexpr int64_t kNumbersPerThread = 1 << 15;  // less is not worth waking a th
 constexpr int kRows = 4;                        // share one loading of what is per channel
 constexpr int64_t kFarthest = 1 << 13;     // bytes: the next rows are fetched ahead if they start that near
 constexpr int64_t kAhead = 1 << 10;        // bytes: else what follows in the row
-constexpr int64_t kStreamBytes = 1 << 24;  // of a result: from there on it goes past the caches
+constexpr int64_t kStreamBytes = 1 << 22;  // of a result: from there on it goes past the caches
 
 struct Full {};
 struct Part {

@@ -9,9 +9,11 @@ from tqdm import tqdm
 
 from ..config import DataConfig
 from ..errors import UserError
+from .ade20k import Ade20k
 from .base import Dataset, FileDataset
 from .camvid import CamVid
 from .cityscapes import Cityscapes
+from .coco import Coco
 from .folder import Folder
 from .loader import loader_workers
 from .scenes import Scenes
@@ -20,6 +22,7 @@ from .voc import Voc
 __all__ = ["Dataset", "FileDataset", "check_dataset", "open_dataset", "require_truth"]
 
 LISTED_PROBLEMS = 20
+_BY_NAME = {"cityscapes": Cityscapes, "camvid": CamVid, "ade20k": Ade20k, "coco": Coco, "folder": Folder}
 
 
 def open_dataset(config: DataConfig, split: str) -> Dataset:
@@ -40,8 +43,9 @@ def open_dataset(config: DataConfig, split: str) -> Dataset:
             raise UserError(f"the root {root} of the data set {config.name} is not a folder")
         if config.name == "voc":
             own_default = split == "train" and config.train_split is None
-            return Voc(root, None if own_default else chosen, config.year)
-        return {"cityscapes": Cityscapes, "camvid": CamVid, "folder": Folder}[config.name](root, chosen)
+            sbd = None if config.sbd is None else Path(config.sbd).expanduser()
+            return Voc(root, None if own_default else chosen, config.year, sbd)
+        return _BY_NAME[config.name](root, chosen)
     except OSError as error:
         raise UserError(f"{error.filename or root} cannot be read: {error.strerror or error}") from error
 

@@ -90,6 +90,8 @@ CITYSCAPES_ID_TO_TRAIN_ID = np.full(256, IGNORE, np.uint8)
 for _train_id, (_, _id, _) in enumerate(_CITYSCAPES):
     CITYSCAPES_ID_TO_TRAIN_ID[_id] = _train_id
 CITYSCAPES_ID_TO_TRAIN_ID.flags.writeable = False
+CITYSCAPES_TRAIN_ID_TO_ID = np.array([_id for _, _id, _ in _CITYSCAPES], np.uint8)
+"""uint8 (19,): the way back, for what the benchmark's server reads."""
 
 _CAMVID = (
     ("sky", (128, 128, 128)),
@@ -106,3 +108,21 @@ _CAMVID = (
 )
 
 CAMVID = Classes(tuple(name for name, _ in _CAMVID), tuple(colour for _, colour in _CAMVID))
+
+# The classes 1 ... 150 of the scene parsing challenge, by the first of the names in objectInfo150.txt.
+_ADE20K_NAMES = """
+    wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person,
+    earth, door, table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea,
+    mirror, rug, field, armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base,
+    box, column, signboard, chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator,
+    grandstand, path, stairs, runway, case, pool table, pillow, screen door, stairway, river, bridge,
+    bookcase, blind, coffee table, toilet, flower, book, hill, bench, countertop, stove, palm, kitchen
+    island, computer, swivel chair, boat, bar, arcade machine, hovel, bus, towel, light, truck, tower,
+    chandelier, awning, streetlight, booth, television receiver, airplane, dirt track, apparel, pole, land,
+    bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, fountain, conveyer belt,
+    canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, minibike, cradle,
+    oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, screen,
+    blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate,
+    monitor, bulletin board, shower, radiator, glass, clock, flag
+"""
+ADE20K = Classes(tuple(" ".join(name.split()) for name in _ADE20K_NAMES.split(",")), voc_palette(151)[1:])

@@ -20,6 +20,7 @@ from .base import FileDataset, Pair
 from .images import read_index_mask
 from .labels import IGNORE, VOC, value_table
 from .pairs import read_list
+from .sbd import read_mat_mask, sbd_pairs
 
 _TABLE = value_table({**{label: label for label in range(len(VOC))}, 255: IGNORE})
 
@@ -31,11 +32,16 @@ class Voc(FileDataset):
     `train_aug` where SegmentationClassAug exists, else `train`. `train_aug` reads its list where there is one
     (train_aug.txt or trainaug.txt), else takes all of SegmentationClassAug but the images of `val`; its masks
     are SegmentationClassAug's.
+
+    With `sbd`, the folder of that data set, `train` and `trainval` also hold its images, with its masks where VOC has
+    none: 10,582 in `train`. `train` holds no image of VOC's `val`, and `split` None is `train`.
     """
 
-    def __init__(self, root: Path, split: str | None, year: str = "2012") -> None:
+    def __init__(self, root: Path, split: str | None, year: str = "2012", sbd: Path | None = None) -> None:
         folder = _year_folder(root, year)
         augmented = folder / "SegmentationClassAug"
+        if sbd is not None and split is None:
+            split = "train"
         split = split or ("train_aug" if augmented.is_dir() else "train")
         if split in ("train_aug", "trainaug"):
             if not augmented.is_dir():
@@ -48,9 +54,13 @@ class Voc(FileDataset):
         pairs = [Pair(stem, folder / "JPEGImages" / f"{stem}.jpg", masks / f"{stem}.png") for stem in stems]
         if split == "test" and not any(pair.mask.is_file() for pair in pairs):
             pairs = [pair._replace(mask=None) for pair in pairs]
+        if sbd is not None and split in ("train", "trainval"):
+            pairs += sbd_pairs(sbd, without={*stems, *(_listed(folder, "val") if split == "train" else ())})
         super().__init__("voc", split, VOC, pairs)
 
     def read_mask(self, path: Path) -> np.ndarray:
+        if path.suffix == ".mat":
+            return read_mat_mask(path)
         return read_index_mask(path, _TABLE, "0 ... 20, or 255 for void")
 
 

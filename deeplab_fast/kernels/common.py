@@ -29,7 +29,8 @@ def narrow(x, dtype: tl.constexpr):
     """fp32 as `dtype`, rounded to nearest, ties to even: the interpreter's own cast to bf16 cuts off."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = bits + 0x7FFF + ((bits >> 16) & 1)
+        # The low bits go: of a zero's, the interpreter's cast would make the largest denormal number.
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) << 16
         x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
     return x.to(dtype)
 

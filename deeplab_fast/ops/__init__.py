@@ -5,6 +5,7 @@ Importing this registers all of them with torch and imports no kernel.
 
 from __future__ import annotations
 
+from . import batch_norm_act_backward  # noqa: F401 - registers what batch_norm_act's gradient is made of
 from .augment_image import augment_image, augment_image_mask
 from .batch_norm_act import batch_norm_act, batch_norm_act_inference, batch_norm_statistics
 from .confusion_matrix import confusion_matrix

@@ -169,11 +169,11 @@ def _native_mask(mask: Tensor, scaled: list[int], window: list[int], flip: bool,
 # .60 / .63 ms, Pillow and numpy 19 / 15 / 13, torch's antialiased resize 4.6 / 11 / 29, reference 27 / 28 / 26.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(augment_image_reference, dispatch.always, measured=("cpu",)),
+    "reference": dispatch.Backend(augment_image_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 MASK_BACKENDS = {
     "native": dispatch.Backend(_native_mask, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(augment_image_mask_reference, dispatch.always, measured=("cpu",)),
+    "reference": dispatch.Backend(augment_image_mask_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

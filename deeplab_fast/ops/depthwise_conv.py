@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, native
+from . import dispatch, gpu, native
 from .precision import autocast, compute_dtype
 
 
@@ -202,6 +202,14 @@ def _native_rates_why_not(x: Tensor, weights: Sequence[Tensor], *_: object) -> s
     return native.cpu_why_not(x, *weights)
 
 
+def _triton_why_not(x: Tensor, weight: Tensor, *_: object) -> str | None:
+    return gpu.triton_why_not(x, weight) or gpu.images_why_not(x)
+
+
+def _triton_rates_why_not(x: Tensor, weights: Sequence[Tensor], *_: object) -> str | None:
+    return gpu.triton_why_not(x, *weights) or gpu.images_why_not(x)
+
+
 def _empty(x: Tensor, stride: int = 1) -> Tensor:
     n, c, h, w = x.shape
     size = (n, c, -(-h // stride), -(-w // stride))
@@ -257,21 +265,51 @@ def _native_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) ->
     return y, mean, variance
 
 
+def _triton(x: Tensor, *rest: Any) -> Tensor:
+    from ..kernels import depthwise_conv as kernels
+
+    return kernels.depthwise_conv(native.channels_last(x), *rest)
+
+
+def _triton_rates(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    shifts: Sequence[Tensor],
+    dilations: Sequence[int],
+    activation: str,
+) -> list[Tensor]:
+    from ..kernels import depthwise_conv as kernels
+
+    rates = list(zip(weights, scales, shifts, dilations, strict=True))
+    return kernels.depthwise_conv_rates(native.channels_last(x), rates, 1, activation)
+
+
+def _triton_statistics(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import depthwise_conv as kernels
+
+    return kernels.depthwise_conv_statistics(native.channels_last(x), *rest)
+
+
+# Triton has not been timed on a GPU yet.
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, convolution + affine + ReLU of 2048 x 32 x 64 at dilation 1 / 12 / 18:
 # native 1.6 / 1.07 / 1.10 ms in fp32 and 1.03 / .79 / .61 in bf16, eager 3.2 / 36 / 33 times
 # and 2.4 / 54 / 118 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
+    "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 # Three rates of that: 1.01 (fp32) and .75 (bf16) times as fast as three calls of depthwise_conv.
 RATES_BACKENDS = {
     "native": dispatch.Backend(_native_rates, _native_rates_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_rates_reference, dispatch.always, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton_rates, _triton_rates_why_not, measured=()),
+    "reference": dispatch.Backend(depthwise_conv_rates_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 STATISTICS_BACKENDS = {
     "native": dispatch.Backend(_native_statistics, _native_why_not, measured=("cpu",)),
-    "reference": dispatch.Backend(depthwise_conv_statistics_reference, dispatch.always, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton_statistics, _triton_why_not, measured=()),
+    "reference": dispatch.Backend(depthwise_conv_statistics_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 

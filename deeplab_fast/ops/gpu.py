@@ -11,6 +11,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST_CAPABILITY = (8, 0)
+MOST_IMAGES = 65535  # programs in the second dimension of a CUDA grid
 
 
 def triton_why_not(*tensors: Tensor | None) -> str | None:
@@ -28,6 +29,13 @@ def triton_why_not(*tensors: Tensor | None) -> str | None:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
         return f"the Triton kernels take float32, bfloat16 or float16, one for all, and got {names}"
     return None
+
+
+def images_why_not(x: Tensor) -> str | None:
+    """None where x has as many images as a grid's second dimension may count."""
+    if x.shape[0] <= MOST_IMAGES:
+        return None
+    return f"the Triton kernels take at most {MOST_IMAGES} images, and got {x.shape[0]}"
 
 
 @functools.cache

@@ -19,12 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, native
+from . import dispatch, gpu, native
 from .precision import compute_dtype
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB, of pixels in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 GREY = (0.299, 0.587, 0.114)  # ITU-R BT.601 luma
+LARGEST_IMAGE = 2**31 - 2**16  # elements, with room for a block beyond them: deeplab_fast/kernels
 
 
 def normalize_image_reference(
@@ -136,12 +137,8 @@ def _native(images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_
     factors = taps = None
     radius = 0
     if colour is not None and n:
-        factors, sigma = colour[:, :3].contiguous(), colour[:, 3]
-        if bool(sigma.any()):
-            chosen = sigma.nonzero().flatten()
-            of_chosen = _taps(sigma[chosen])
-            taps = of_chosen.new_zeros((n, of_chosen.shape[1])).index_copy_(0, chosen, of_chosen)
-            radius = of_chosen.shape[1] // 2
+        factors = colour[:, :3].contiguous()
+        taps, radius = _taps_of_each(colour[:, 3])
     address = lambda x: 0 if x is None else x.data_ptr()  # noqa: E731
     native.kernels().normalize_image_cpu(
         *(images.data_ptr(), images.stride(0), images.stride(1), (n, height, width)),
@@ -151,6 +148,15 @@ def _native(images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_
     return out if channels_last else out.contiguous()
 
 
+def _taps_of_each(sigma: Tensor) -> tuple[Tensor | None, int]:
+    """sigma (N,) to (N, 2 radius + 1), zeros where sigma is 0, and the radius; None and 0 where all are."""
+    if not bool(sigma.any()):
+        return None, 0
+    chosen = sigma.nonzero().flatten()
+    taps = _taps(sigma[chosen])
+    return taps.new_zeros((len(sigma), taps.shape[1])).index_copy_(0, chosen, taps), taps.shape[1] // 2
+
+
 @functools.cache
 def _constants() -> tuple[list[float], list[float]]:
     """factor and bias of the three channels, as numbers."""
@@ -158,11 +164,50 @@ def _constants() -> tuple[list[float], list[float]]:
     return factor.flatten().tolist(), bias.flatten().tolist()
 
 
+def _triton_why_not(images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_last: bool) -> str | None:
+    if reason := gpu.device_why_not(images.device):
+        return reason
+    if dtype not in gpu.FLOAT_DTYPES:
+        return f"the Triton kernels write float32, bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
+    if images[:1].numel() > LARGEST_IMAGE:
+        return f"an image has {images[:1].numel()} elements, and its offsets are 32-bit"
+    return None
+
+
+def _triton(images: Tensor, colour: Tensor | None, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """In a CUDA graph without a colour alone: its values come from the CPU at each call."""
+    from ..kernels import normalize_image as kernels
+
+    images = images.contiguous()
+    constants = _constants()
+    if colour is None or not images.numel():
+        out = kernels.normalize(images, dtype, *constants)
+    else:
+        parameters, radius = _parameters(colour)
+        with_mean = bool(parameters[:, 2].any())
+        parameters = parameters.to(images.device, non_blocking=True)
+        out = kernels.jitter_blur_normalize(images, parameters, radius, with_mean, GREY, dtype, *constants)
+    return out if channels_last else out.contiguous()
+
+
+def _parameters(colour: Tensor) -> tuple[Tensor, int]:
+    """What the Triton kernels read of each image, as one upload; and the radius of the batch."""
+    b, c, s, sigma = colour.detach().unbind(1)
+    taps, radius = _taps_of_each(sigma)
+    if taps is None:
+        taps = torch.ones((len(colour), 1))
+    blurred = sigma != 0
+    taps[:, radius] += (~blurred).float()  # the others keep what they are
+    affine = torch.stack((b * c * s, b * c * (1 - s), b * (1 - c), radius * blurred.float()), 1)
+    return torch.cat((affine, taps), 1), radius
+
+
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, 8 x 352 x 352 to fp32, plain / jitter / blur: native .38 / .71 / 2.6 ms,
 # reference 2.9 / 6.4 / 18, torch.compile of plain steps 2.6 / 6.5 / 12; to bf16 .23 / .77 / 2.3, 2.2 / 6.9 / 19 and
-# 2.6 / 7.5 / 13.
+# 2.6 / 7.5 / 13. No GPU has timed the Triton kernels yet.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
     "reference": dispatch.Backend(normalize_image_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 

@@ -4,6 +4,9 @@
 
 The scales and shifts are folded batch norms; the zero padding is the dilation. Eager writes and reads the depthwise
 result three times (convolution, norm, activation); here a tile of it is multiplied out of the cache and never written.
+On a GPU the depthwise pass runs again for every 256 output channels. Beyond 768, x is read more often than the two
+kernels (depthwise_conv, then torch's product) read x and write and read the depthwise result; and few pixels, such as
+33 x 33 of one image, leave most of a large chip idle. There the two kernels should win.
 Forward only: the training form is built from depthwise_conv and batch_norm_act.
 Source: Chen et al., "Encoder-Decoder with Atrous Separable Convolution", section 3.1.
 """
@@ -16,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, native
+from . import dispatch, gpu, native
 from .precision import autocast, compute_dtype
 
+MOST_PIXELS = 2**31 - 2**8  # of a result on a GPU: the kernel numbers them in 32 bits, in tiles of up to 128
 TRAINING = "has no gradient: the training form is built from depthwise_conv and batch_norm_act"
 
 
@@ -76,7 +80,7 @@ def separable_conv(
     depthwise_scale, depthwise_shift: (C,) fp32, or fp64 for fp64; scale, shift: (M,) likewise; None: 1 and 0
     depthwise_activation, activation: none, relu or relu6
     Returns (N, M, (H - 1) // stride + 1, (W - 1) // stride + 1) of x's dtype, channels-last.
-    The native kernels sum in fp32 and round the depthwise result to x's dtype before the product, as two
+    The kernels sum in fp32 and round the depthwise result to x's dtype before the product, as two
     convolutions do. Under autocast x and the weights are cast, scales and shifts are not.
     Raises ValueError on shapes, dtypes and devices, RuntimeError where an input asks for a gradient, UserError where
     a named backend cannot run.
@@ -162,8 +166,7 @@ def _native(
 ) -> Tensor:
     x = native.channels_last(x)
     y = _output(x, pointwise_weight, stride)
-    tensors = [depthwise_weight, pointwise_weight, depthwise_scale, depthwise_shift, scale, shift]
-    tensors = [None if t is None else t.contiguous() for t in tensors]
+    tensors = _contiguous(depthwise_weight, pointwise_weight, depthwise_scale, depthwise_shift, scale, shift)
     weights, norm, out_norm = ([0 if t is None else t.data_ptr() for t in tensors[i : i + 2]] for i in (0, 2, 4))
     native.kernels().separable_conv_cpu(
         *(native.FLOAT_DTYPES.index(x.dtype), x.data_ptr(), *weights),
@@ -174,16 +177,62 @@ def _native(
     return y
 
 
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _triton_why_not(x: Tensor, depthwise_weight: Tensor, pointwise_weight: Tensor, *rest: object) -> str | None:
+    if reason := gpu.triton_why_not(x, depthwise_weight, pointwise_weight):
+        return reason
+    if x.shape[0] * _height(x, rest[-1]) * _width(x, rest[-1]) > MOST_PIXELS:
+        return f"the result of x {tuple(x.shape)} has more than {MOST_PIXELS} pixels"
+    return None
+
+
+def _triton(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_scale: Tensor | None,
+    depthwise_shift: Tensor | None,
+    depthwise_activation: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    activation: str,
+    dilation: int,
+    stride: int,
+) -> Tensor:
+    from ..kernels import separable_conv as kernels
+
+    x = native.channels_last(x)
+    y = _output(x, pointwise_weight, stride)
+    weights = _contiguous(depthwise_weight, pointwise_weight)
+    depthwise_scale, depthwise_shift, scale, shift = _contiguous(depthwise_scale, depthwise_shift, scale, shift)
+    norms = (depthwise_scale, depthwise_shift, depthwise_activation, scale, shift, activation)
+    kernels.separable_conv(x, *weights, *norms, dilation, stride, y)
+    return y
+
+
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, bf16, 2048 -> 256 at 32 x 64, dilation 12: native 5.7 ms, the product alone
 # 5.0, eager 42, torch.compile 49; fp32: 12.8, 10.2, 45, 42. 304 -> 256 at 128 x 256, bf16: 13.9, 12.9, 22, 20.
+# triton was not timed on a GPU yet.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
     "reference": dispatch.Backend(separable_conv_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 
 
+def _height(x: Tensor, stride: int) -> int:
+    return (x.shape[2] - 1) // stride + 1
+
+
+def _width(x: Tensor, stride: int) -> int:
+    return (x.shape[3] - 1) // stride + 1
+
+
 def _output(x: Tensor, pointwise_weight: Tensor, stride: int) -> Tensor:
-    size = (x.shape[0], pointwise_weight.shape[0], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1)
+    size = (x.shape[0], pointwise_weight.shape[0], _height(x, stride), _width(x, stride))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

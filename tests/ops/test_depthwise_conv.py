@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from unittest import mock
 
 import pytest
 import torch
@@ -15,9 +17,14 @@ from deeplab_fast.ops.depthwise_conv import (
     depthwise_conv_statistics_reference,
 )
 from deeplab_fast.testing import assert_close, backends, tolerances
+from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
 
 OP = "depthwise_conv"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
+on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+on_each_kernel = pytest.mark.parametrize(
+    "backend, device", [case for case in backends(OP) if case.values[0] != "reference"]
+)
 in_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 SHAPES = [
@@ -126,8 +133,9 @@ def test_rates(backend, device, dtype, dilations):
 @in_each_dtype
 def test_result_larger_than_a_cache(backend, device, dtype):
     """Written around the cache where lines of it are whole, as they are not with 136 channels."""
+    size = (40, 41) if (backend, device) == ("triton", "cpu") else (130, 131)  # the interpreter has no such cache
     for channels in (128, 136):
-        given = [t.to(device) for t in tensors((1, channels, 130, 131), 3, dtype)]
+        given = [t.to(device) for t in tensors((1, channels, *size), 3, dtype)]
         check(given, backend, dilation=12)
         check_statistics(*given[:2], backend)
 
@@ -169,31 +177,114 @@ def test_empty_batch(backend, device):
     assert y.shape == x.shape and mean.isnan().all() and variance.isnan().all()
 
 
-@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+@on_each_backend
 @in_each_dtype
-def test_nan_and_infinity_reach_their_neighbours_only(dtype):
-    x, weight, scale, shift = tensors((1, 35, 9, 40), 3, dtype)
+def test_nan_and_infinity_reach_their_neighbours_only(backend, device, dtype):
+    x, weight, scale, shift = (t.to(device) for t in tensors((1, 35, 9, 40), 3, dtype))
     x[0, 3, 4, 20] = torch.nan
     x[0, 7, 0, 0] = torch.inf
     x[0, 34, 8, 39] = -torch.inf
     x[0, 34, 8, 38] = torch.inf
     for activation in native.ACTIVATIONS:
-        check_equal_nan([x, weight, scale, shift], activation)
+        check_equal_nan([x, weight, scale, shift], activation, backend)
     weight[5] = torch.nan
     shift[6] = torch.nan
-    y = depthwise_conv(x, weight, scale, shift, dilation=12, backend="native")
+    y = depthwise_conv(x, weight, scale, shift, dilation=12, backend=backend)
     assert y[0, 5].isnan().all() and y[0, 6].isnan().all() and not y[0, 4].isnan().any()
-    mean, variance = depthwise_conv_statistics(x, weight, backend="native")[1:]
+    mean, variance = depthwise_conv_statistics(x, weight, backend=backend)[1:]
     assert mean[3].isnan() and variance[3].isnan() and mean[5].isnan() and variance[7].isnan()
     assert not mean[[0, 1, 2, 4]].isnan().any()
 
 
-def check_equal_nan(given: list[Tensor], activation: str) -> None:
-    y = depthwise_conv(*given, dilation=2, activation=activation, backend="native")
+def check_equal_nan(given: list[Tensor], activation: str, backend: str) -> None:
+    y = depthwise_conv(*given, dilation=2, activation=activation, backend=backend)
     expected = depthwise_conv_reference(*wide(given), 1, 2, activation)
     assert torch.equal(y.isnan(), expected.isnan()) and expected.isnan().sum() >= 9
     assert torch.equal(y.isinf(), expected.isinf())
     assert_close(y[expected.isfinite()], expected[expected.isfinite()])
+
+
+@on_each_kernel
+@pytest.mark.parametrize("shape, dilation", [((2, 9, 5, 30), 5), ((2, 9, 30, 5), 5), ((1, 9, 5, 6), 60)], ids=str)
+def test_taps_outside_for_every_pixel_are_not_computed(backend, device, shape, dilation):
+    """Infinite weights there would make NaN of the zeros outside."""
+    x, weight, scale, shift = (t.to(device) for t in tensors(shape, 3, torch.float32))
+    inside = weight.clone()
+    if shape[2] <= dilation:
+        weight[:, :, [0, 2]], inside[:, :, [0, 2]] = torch.inf, 0
+    if shape[3] <= dilation:
+        weight[..., [0, 2]], inside[..., [0, 2]] = torch.inf, 0
+    y = depthwise_conv(x, weight, scale, shift, dilation=dilation, backend=backend)
+    assert_close(y, depthwise_conv_reference(*wide([x, inside, scale, shift]), 1, dilation))
+
+
+@on_triton
+@pytest.mark.parametrize("kernel, stride, dilation", [(3, 1, 1), (3, 2, 1), (3, 1, 6), (5, 1, 2)])
+def test_fp16(backend, device, kernel, stride, dilation):
+    given = [t.to(device) for t in tensors((2, 40, 9, 14), kernel, torch.float16)]
+    check(given, backend, stride, dilation, "relu6")
+    check_statistics(*given[:2], backend, stride, dilation)
+    rates = [[t] * 4 for t in given[1:]]
+    dilations = [1, 2, 3, 20]
+    for d, y in zip(
+        dilations, depthwise_conv_rates(given[0], *rates, dilations=dilations, backend=backend), strict=True
+    ):
+        assert_close(y, depthwise_conv_reference(*wide(given), 1, d))
+
+
+@on_triton
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
+    """As large inputs have them, whose size would take the interpreter minutes."""
+    from deeplab_fast.kernels import common, depthwise_chains
+
+    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
+    found = common.configuration
+    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
+    for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
+        given = [t.to(device) for t in tensors(shape, 3, torch.float32)]
+        with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+            check(given, backend, stride, dilation, "relu")
+            check_statistics(*given[:2], backend, stride, dilation)
+            if stride == 1:
+                rates = [given[1]] * 3, [given[2]] * 3, [given[3]] * 3
+                dilations = [dilation, 2 * dilation, 4 * dilation]
+                for d, y in zip(
+                    dilations, depthwise_conv_rates(given[0], *rates, dilations=dilations, backend=backend), strict=True
+                ):
+                    assert_close(y, depthwise_conv_reference(*wide(given), 1, d))
+
+
+@on_triton
+def test_statistics_of_many_parts(backend, device):
+    """More than the merge takes at once."""
+    from deeplab_fast.kernels import common
+
+    found = common.configuration
+    with mock.patch.object(
+        common, "configuration", lambda *a: {k: {"BLOCK_P": 2}.get(k, v) for k, v in found(*a).items()}
+    ):
+        x, weight, *_ = (t.to(device) for t in tensors((11, 5, 3, 4), 3, torch.float32))
+        check_statistics(x + 100, weight, backend)
+
+
+@on_triton
+def test_too_many_images_are_a_reason(backend, device):
+    x = torch.zeros((1 << 16, 1, 1, 1), device=device)
+    weight = torch.zeros((1, 1, 1, 1), device=device)
+    for op, weights in {OP: weight, f"{OP}_statistics": weight, f"{OP}_rates": [weight]}.items():
+        assert "at most 65535 images, and got 65536" in str(dispatch.explain(op, x, weights)[backend])
+        assert dispatch.explain(op, x[1:], weights)[backend] is None
+
+
+@on_each_backend
+def test_two_runs_agree_bit_for_bit(backend, device):
+    x, weight, scale, shift = (t.to(device) for t in tensors((2, 40, 20, 21), 3, torch.float32))
+    for call in (
+        lambda: [depthwise_conv(x, weight, scale, shift, dilation=3, activation="relu", backend=backend)],
+        lambda: depthwise_conv_statistics(x, weight, stride=2, backend=backend),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(call(), call(), strict=True))
 
 
 @pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
@@ -225,7 +316,7 @@ def test_every_instruction_set(name, dtype):
                 check_statistics(*given[:2], "native", stride, dilation)
         test_rates("native", "cpu", dtype, [2, 5])
         test_result_larger_than_a_cache("native", "cpu", dtype)
-        test_nan_and_infinity_reach_their_neighbours_only(dtype)
+        test_nan_and_infinity_reach_their_neighbours_only("native", "cpu", dtype)
     finally:
         module.use_instruction_set(before)
 
@@ -270,8 +361,8 @@ def test_gradient(backend, device, dtype, stride, dilation, activation):
             assert_close(a, e)
         else:
             assert (a - e).abs().max() <= 2 * (r - e).abs().max() + tolerances(torch.float32)[1]
-    if backend == "native":
-        assert dispatch.last_backend("depthwise_conv_backward") == "native"
+    if backend != "reference":
+        assert dispatch.last_backend("depthwise_conv_backward") == backend
 
 
 @on_each_backend
@@ -437,5 +528,71 @@ def test_rejects_bad_input():
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
-    with pytest.raises(UserError, match="depthwise_conv has no backend 'triton'; it has native, reference"):
-        depthwise_conv(x, weight, backend="triton")
+    with pytest.raises(UserError, match="depthwise_conv has no backend 'cudnn'; it has native, triton, reference"):
+        depthwise_conv(x, weight, backend="cudnn")
+
+
+# (N, C, H, W), stride, dilations, dtype, statistics; one dilation is depthwise_conv
+LAUNCHES = [
+    ((4, 2048, 32, 32), 1, [12], torch.bfloat16, False),
+    ((4, 2048, 32, 32), 1, [12], torch.float16, False),
+    ((4, 2048, 64, 128), 1, [6], torch.float32, False),
+    ((4, 304, 128, 256), 1, [1], torch.bfloat16, False),
+    ((2, 2048, 32, 32), 1, [6, 12, 18], torch.bfloat16, False),
+    ((2, 2048, 32, 32), 1, [6, 12, 18], torch.float32, False),
+    ((8, 96, 129, 129), 2, [1], torch.bfloat16, True),
+    ((8, 24, 65, 65), 1, [2], torch.float16, True),  # 8 divides its channels, 16 does not
+]
+
+
+def launched(chip: int, shape: tuple[int, ...], stride: int, dilations: list[int], dtype: torch.dtype, statistics: bool,
+             kernel: int = 3) -> list[Compiled]:  # fmt: skip
+    from deeplab_fast.kernels import depthwise_conv as kernels
+
+    x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+    weight, vector = torch.empty((shape[1], 1, kernel, kernel), dtype=dtype), torch.empty(shape[1])
+    if statistics:
+        return compile_launches(chip, lambda: kernels.depthwise_conv_statistics(x, weight, stride, *dilations))
+    rates = [(weight, vector, vector, dilation) for dilation in dilations]
+    return compile_launches(chip, lambda: kernels.depthwise_conv_rates(x, rates, stride, "relu"))
+
+
+def check_compiled(kernel: Compiled) -> None:
+    """No spills, and nothing narrower than 16 bytes is loaded; the parts of statistics have no such promise."""
+    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
+    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
+    assert loads and (kernel.name == "_merge" or all(".v4." in load or ".v8." in load for load in loads)), loads
+    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time(chip):
+    for case in LAUNCHES:
+        for kernel in launched(chip, *case):
+            check_compiled(kernel)
+    (gather,) = launched(chip, (2, 64, 65, 65), 1, [2], torch.bfloat16, False, kernel=5)
+    assert gather.name == "gather"
+    check_compiled(gather)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 8, 1, 37), (1, 5, 41, 1)], ids=str)
+def test_compiles_for_sizes_of_one(shape):
+    """Triton makes constants of them."""
+    for stride, dilation, kernel in ((1, 1, 3), (2, 1, 3), (1, 6, 3), (2, 1, 1), (1, 1, 5)):
+        for statistics in (False, True):
+            launched(90, shape, stride, [dilation], torch.float32, statistics, kernel)
+
+
+@needs_compiler
+def test_offsets_of_images_have_64_bits():
+    for case in (LAUNCHES[0], LAUNCHES[6]):
+        check_image_index(launched(90, *case)[0])
+
+
+def check_image_index(kernel: Compiled) -> None:
+    """The image, the grid's second dimension, is widened before anything is computed with it."""
+    (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
+    uses = [line for line in kernel.ptx.splitlines() if re.search(rf"{register}\b", line) and "ctaid" not in line]
+    assert uses and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in uses), uses

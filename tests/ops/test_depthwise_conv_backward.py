@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +13,13 @@ from deeplab_fast.errors import UserError
 from deeplab_fast.ops import depthwise_conv_backward, dispatch, native
 from deeplab_fast.ops.depthwise_conv_backward import depthwise_conv_backward_reference
 from deeplab_fast.testing import assert_close, backends
+from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
 
 OP = "depthwise_conv_backward"
 CALL = torch.ops.deeplab_fast.depthwise_conv_backward.default
 SETS = ("avx512", "avx2", "portable")
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
+on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
 on_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
 # (N, C, H, W), stride, dilation, kernel
@@ -122,6 +126,67 @@ def test_long_sums_keep_their_digits(instruction_set, dtype, stride, dilation):
     wide = depthwise_conv_backward(*inputs[:2], weight.float(), stride=stride, dilation=dilation, backend="native")
     assert wide[1].dtype == torch.float32
     assert_close(wide[1], exact)
+
+
+@on_triton
+@pytest.mark.parametrize("case", [((2, 17, 9, 11), 1, 2, 3), ((1, 24, 9, 8), 2, 1, 3), ((1, 9, 12, 12), 1, 1, 5)])
+def test_fp16(backend, device, case):
+    shape, stride, dilation, kernel = case
+    grad_y, x, weight = make(shape, stride, kernel, torch.float16, device)
+    check((grad_y, x, weight), stride, dilation, backend)
+    check((grad_y, x, weight.float()), stride, dilation, backend)
+
+
+@on_triton
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
+    """As large inputs have them, whose size would take the interpreter minutes."""
+    from deeplab_fast.kernels import common, depthwise_chains
+
+    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
+    found = common.configuration
+    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
+    with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+        for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
+            check(make(shape, stride, 3, torch.float32, device), stride, dilation, backend)
+
+
+@on_triton
+def test_long_sums_of_one_sign(backend, device):
+    grad_y, x, weight = make((2, 5, 120, 130), 1, 3, torch.bfloat16, device)
+    inputs = grad_y.abs(), x.abs(), weight
+    exact = autograd(*(t.double() for t in inputs), 1, 1)[1]
+    found = depthwise_conv_backward(*inputs[:2], weight.float(), backend=backend)[1]
+    assert found.dtype == torch.float32
+    assert_close(found, exact)
+
+
+@on_triton
+def test_taps_outside_for_every_pixel_are_not_computed(backend, device):
+    grad_y, x, weight = make((1, 9, 5, 6), 1, 3, torch.float32, device)
+    weight[:, :, [0, 2]] = torch.inf
+    weight[..., [0, 2]] = torch.inf
+    grad_y[0, 3, 0, 0] = torch.inf
+    grad_x, grad_weight = depthwise_conv_backward(grad_y, x, weight, dilation=7, backend=backend)
+    assert_close(grad_x, grad_y * weight[None, :, 0, 1, 1, None, None])
+    outside = torch.ones(3, 3, dtype=torch.bool)
+    outside[1, 1] = False
+    assert not grad_weight[:, 0, outside].any() and grad_weight[3, 0, 1, 1].isinf()
+
+
+@on_triton
+def test_too_many_images_are_a_reason(backend, device):
+    x, weight = torch.zeros((1 << 16, 1, 1, 1), device=device), torch.zeros((1, 1, 1, 1), device=device)
+    assert "at most 65535 images, and got 65536" in str(dispatch.explain(OP, x, x, weight)[backend])
+    assert dispatch.explain(OP, x[1:], x[1:], weight)[backend] is None
+
+
+@on_each_backend
+@pytest.mark.parametrize("stride", [1, 2])
+def test_two_runs_agree_bit_for_bit(backend, device, stride):
+    inputs = make((2, 40, 20, 21), stride, 3, torch.float32, device)
+    first, second = (depthwise_conv_backward(*inputs, stride=stride, backend=backend) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 @on_each_backend
@@ -320,8 +385,8 @@ def test_rejects_what_is_no_gradient_of_a_depthwise_convolution():
         run(grad_y, x, weight.long(), stride=2)
     with pytest.raises(ValueError, match="grad_y is on cpu, x on cpu and weight on meta"):
         run(grad_y, x, weight.to("meta"), stride=2)
-    with pytest.raises(UserError, match="has no backend 'triton'; it has native, reference"):
-        run(grad_y, x, weight, stride=2, backend="triton")
+    with pytest.raises(UserError, match="has no backend 'cudnn'; it has native, triton, reference"):
+        run(grad_y, x, weight, stride=2, backend="cudnn")
 
 
 def test_the_reference_agrees_with_autograd_in_fp64():
@@ -330,3 +395,70 @@ def test_the_reference_agrees_with_autograd_in_fp64():
         depthwise_conv_backward_reference(*inputs, 2, 1, True, True), autograd(*inputs, 2, 1), strict=True
     ):
         assert_close(result, expected)
+
+
+# (N, C, H, W), stride, dilation, dtype of x, dtype of weight
+LAUNCHES = [
+    ((4, 2048, 32, 32), 1, 12, torch.bfloat16, torch.bfloat16),
+    ((4, 2048, 32, 32), 1, 12, torch.float16, torch.float32),
+    ((2, 960, 33, 33), 1, 2, torch.bfloat16, torch.bfloat16),
+    ((2, 960, 33, 33), 1, 2, torch.float32, torch.float32),
+    ((8, 96, 129, 129), 2, 1, torch.bfloat16, torch.bfloat16),
+    ((8, 24, 65, 65), 1, 1, torch.bfloat16, torch.bfloat16),  # 8 divides its channels, 16 does not
+]
+
+
+def launched(
+    chip: int,
+    shape: tuple[int, ...],
+    stride: int,
+    dilation: int,
+    dtype: torch.dtype,
+    of_weight: torch.dtype,
+    k: int = 3,
+) -> list[Compiled]:
+    from deeplab_fast.kernels import depthwise_conv_backward as kernels
+
+    out = (*shape[:2], *((size - 1) // stride + 1 for size in shape[2:]))
+    layout = {"dtype": dtype, "memory_format": torch.channels_last}
+    grad_y, x, grad_x = torch.empty(out, **layout), torch.empty(shape, **layout), torch.empty(shape, **layout)
+    weight, grad_weight = (torch.empty((shape[1], 1, k, k), dtype=of_weight) for _ in range(2))
+    given = grad_y, x, weight, grad_x, grad_weight, stride, dilation
+    return compile_launches(chip, lambda: kernels.depthwise_conv_backward(*given))
+
+
+def check_compiled(kernel: Compiled) -> None:
+    """No spills, nothing narrower than 16 bytes is loaded, and sums are gathered."""
+    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
+    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
+    assert loads and all(".v4." in load or ".v8." in load for load in loads), loads
+    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time(chip):
+    for case in LAUNCHES:
+        (kernel,) = launched(chip, *case)
+        assert kernel.name == "_chains"
+        check_compiled(kernel)
+    for kernel in launched(chip, (2, 64, 33, 33), 1, 1, torch.bfloat16, torch.bfloat16, k=5):
+        assert kernel.name in ("gather", "_products")
+        check_compiled(kernel)
+
+
+@needs_compiler
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 8, 1, 37), (1, 5, 41, 1)], ids=str)
+def test_compiles_for_sizes_of_one(shape):
+    """Triton makes constants of them."""
+    for stride, dilation, k in ((1, 1, 3), (2, 1, 3), (1, 6, 3), (2, 1, 1), (1, 1, 5)):
+        launched(90, shape, stride, dilation, torch.float32, torch.float32, k)
+
+
+@needs_compiler
+def test_offsets_of_images_have_64_bits():
+    """The image, the grid's second dimension, is widened before anything is computed with it."""
+    (kernel,) = launched(90, *LAUNCHES[0])
+    (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
+    uses = [line for line in kernel.ptx.splitlines() if re.search(rf"{register}\b", line) and "ctaid" not in line]
+    assert uses and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in uses), uses

@@ -67,7 +67,7 @@ def test_the_variable_is_parsed(op):
         "toy": "fast",
         "confusion_matrix": "auto",
     }
-    with pytest.raises(UserError, match="is 'quick'; expected one of fast, native, reference, or op=backend"):
+    with pytest.raises(UserError, match="is 'quick'; expected one of fast, native, reference, triton, or op=backend"):
         dispatch.parse_request("quick")
     with pytest.raises(UserError, match="names the op 'tay'; expected one of .*confusion_matrix, .*toy"):
         dispatch.parse_request("tay=fast")

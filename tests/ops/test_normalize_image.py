@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import re
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
 
 from deeplab_fast.errors import UserError
-from deeplab_fast.ops import dispatch, native, normalize_image
+from deeplab_fast.ops import dispatch, gpu, native, normalize_image
 from deeplab_fast.ops.normalize_image import GREY, MEAN, STD, normalize_image_reference
 from deeplab_fast.testing import assert_close, backends
+from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
 
 OP = "normalize_image"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
@@ -158,6 +162,27 @@ def test_other_dtypes_take_the_reference():
         assert_close(x, exact(images, colour))
         with pytest.raises(UserError, match="float32 or bfloat16, not float|deeplab_fast._C is not built"):
             normalize_image(images, colour, dtype=dtype, backend="native")
+    with pytest.raises(UserError, match="Triton kernels (write float32, bfloat16 or float16, not float64|run on CUDA)"):
+        normalize_image(images, colour, dtype=torch.float64, backend="triton")
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", COLOURS)
+def test_float16(backend, device, name):
+    """Which the CPU's native kernels do not write."""
+    if backend == "native":
+        with pytest.raises(UserError, match="not float16"):
+            normalize_image(images_of((1, 2, 3)).to(device), dtype=torch.float16, backend=backend)
+    else:
+        check(images_of((3, 17, 23)).to(device), colour_of(name, 3), torch.float16, backend)
+
+
+@on_each_backend
+@pytest.mark.parametrize("name", COLOURS)
+def test_repetition_changes_no_bit(backend, device, name):
+    images, colour = images_of((2, 60, 71)).to(device), colour_of(name, 2)
+    results = [normalize_image(images, colour, backend=backend) for _ in range(2)]
+    assert torch.equal(*results)
 
 
 @on_each_backend
@@ -218,5 +243,54 @@ def test_rejects_what_is_no_batch_of_images():
         normalize_image(images, torch.ones(2, 4).double())
     with pytest.raises(ValueError, match="colour is on meta; expected it on the CPU, where it is read"):
         normalize_image(images, torch.ones(2, 4, device="meta"))
-    with pytest.raises(UserError, match="normalize_image has no backend 'triton'; it has native, reference"):
-        normalize_image(images, backend="triton")
+    with pytest.raises(UserError, match="normalize_image has no backend 'metal'; it has native, triton, reference"):
+        normalize_image(images, backend="metal")
+
+
+def test_images_too_large_for_32_bits_are_declined():
+    images = torch.empty((1, 1, 1, 3), dtype=torch.uint8).expand(1, 2**15, 2**15, 3)
+    with mock.patch.object(gpu, "device_why_not", lambda device: None):
+        reason = dispatch.explain(OP, images, None, torch.float32, True)["triton"]
+    assert reason == "an image has 3221225472 elements, and its offsets are 32-bit"
+
+
+FACTORS = ([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+
+
+def launches(shape: tuple[int, int, int], dtype: torch.dtype, kind: str, device: str = "cpu"):
+    """Of one kind of batch, on tensors of which only the size is looked at."""
+    from deeplab_fast.kernels import normalize_image as kernels
+
+    images = torch.empty((*shape, 3), dtype=torch.uint8, device=device)
+    if kind == "plain":
+        return kernels.normalize(images, dtype, *FACTORS)
+    radius = 4 if kind == "blur" else 0
+    parameters = torch.empty((shape[0], 4 + 2 * radius + 1), device=device)
+    return kernels.jitter_blur_normalize(images, parameters, radius, kind != "no mean", GREY, dtype, *FACTORS)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time(chip, dtype):
+    kernels = {"plain": 1, "no mean": 1, "jitter": 2, "blur": 3}
+    for kind, count in kernels.items():
+        compiled = compile_launches(chip, lambda kind=kind: launches((16, 769, 769), dtype, kind))
+        assert len(compiled) == count
+        for kernel in compiled:
+            assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes"
+            assert not re.search(r"\b(atom|red)\.(global|shared)", kernel.ptx)
+        if kind == "plain":  # a thread's 16 bytes of the result, and what becomes of them
+            assert "st.global.v4.b32" in compiled[0].ptx
+            loads = "ld.global.v2.b32" if dtype.itemsize == 2 else "ld.global.b32"
+            assert loads in compiled[0].ptx
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["plain", "blur"])
+def test_a_batch_of_more_than_2_31_elements_has_64_bit_offsets(kind):
+    """The program's number along the batch is widened before anything is multiplied in."""
+    for kernel in compile_launches(90, lambda: launches((64, 4096, 4096), torch.bfloat16, kind, "meta")):
+        axis = "x" if kind == "plain" else "y"
+        register = re.search(rf"mov.u32\s+(%r\d+), %ctaid.{axis};", kernel.ptx)[1]
+        assert re.search(rf"(mul.wide.[su]32|cvt.[su]64.[su]32)\s+%rd\d+, {register}\b", kernel.ptx)

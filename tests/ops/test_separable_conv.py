@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplab_fast.errors import UserError
-from deeplab_fast.ops import dispatch, native, separable_conv
+from deeplab_fast.ops import dispatch, gpu, native, separable_conv
 from deeplab_fast.ops.separable_conv import separable_conv_reference
 from deeplab_fast.testing import assert_close, backends
+from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
 
 OP = "separable_conv"
 DTYPES = [torch.float32, torch.bfloat16]
@@ -107,8 +109,9 @@ def test_matches_definition(backend, device, shape, out_channels, dilation, stri
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
 def test_other_dtypes(backend, device, dtype):
     options = moved(arguments((2, 5, 6, 7), 4, dtype), device)
-    if backend == "native":
-        with pytest.raises(UserError, match="the CPU kernels take float32 or bfloat16"):
+    refusal = "the CPU kernels take float32 or bfloat16" if backend == "native" else "the Triton kernels take float32"
+    if backend == "native" or (backend == "triton" and dtype == torch.float64):
+        with pytest.raises(UserError, match=refusal):
             separable_conv(**options, backend=backend)
         assert separable_conv(**options).dtype == dtype
         assert dispatch.last_backend(OP) == "reference"
@@ -261,6 +264,105 @@ def test_inputs_stay_as_they_are(backend, device):
         assert torch.equal(options[name], value) if isinstance(value, Tensor) else options[name] == value
 
 
+@on_each_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_runs_are_equal(backend, device, dtype):
+    options = moved(arguments((2, 70, 9, 11), 40, dtype, dilation=2), device)
+    assert torch.equal(check(options, backend), check(options, backend))
+
+
+@on_each_backend
+def test_more_channels_than_a_tile_and_outer_taps_in_one_direction(backend, device):
+    for shape, out_channels, dilation in (((1, 20, 4, 5), 270, 1), ((1, 16, 2, 9), 16, 3), ((1, 16, 9, 2), 16, 3)):
+        check(moved(arguments(shape, out_channels, torch.bfloat16, dilation=dilation), device), backend)
+
+
+on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+
+
+@on_triton
+def test_launcher_writes_a_slice_of_a_wider_result(backend, device):
+    from deeplab_fast.kernels import separable_conv as kernels
+
+    options = moved(arguments((2, 24, 5, 6), 18, torch.float32), device)
+    wide = torch.full((2, 40, 5, 6), 7.0, device=device).contiguous(memory_format=torch.channels_last)
+    x = options["x"].contiguous(memory_format=torch.channels_last)
+    kernels.separable_conv(*positional(options | {"x": x}), wide[:, 5:23])
+    assert_close(wide[:, 5:23], expected_of(moved(options, "cpu")))
+    assert (wide[:, :5] == 7).all() and (wide[:, 23:] == 7).all()
+
+
+@on_triton
+@pytest.mark.parametrize("classes, strip", [(1, 8), (1, 16), (3, 2), (5, 8), (12, 16)])
+def test_tiles_take_every_pixel_once_and_neighbours_together(backend, device, classes, strip):
+    from deeplab_fast.kernels import common
+    from deeplab_fast.kernels import separable_conv as kernels
+
+    n, height, width, channels = 2, 11, 38, 40
+    weight = torch.randn(channels, 1, 3, 3, device=device)
+    packed = torch.empty(9, channels, device=device)
+    order = torch.full((n * height * width,), -1, dtype=torch.int32, device=device)
+    grid = (common.cdiv(order.numel(), kernels.BLOCK.value),)
+    sizes = (channels, order.numel(), height, width)
+    common.launch(kernels._prepare, grid, weight, None, packed, order, *sizes, CLASSES=classes, STRIP=strip)
+    assert torch.equal(packed, weight.reshape(channels, 9).t())
+    assert torch.equal(order.sort().values, torch.arange(order.numel(), dtype=torch.int32, device=device))
+    image, line = order // (height * width), order // width % height
+    column = order % width
+    keys = (image, line % classes, column % classes, column // classes // strip, line, column)
+    pixels = list(zip(*(key.tolist() for key in keys), strict=True))
+    assert pixels == sorted(pixels)
+
+
+# (N, C, H, W), M, dilation: ASPP with many and with few pixels, the decoder, and sizes that no vector divides
+LAUNCHES = {
+    torch.bfloat16: [
+        ((2, 2048, 64, 128), 256, 12),
+        ((1, 2048, 33, 33), 256, 24),
+        ((1, 304, 128, 256), 256, 1),
+        ((1, 37, 16, 16), 19, 2),
+    ],
+    torch.float16: [((2, 2048, 64, 128), 256, 12)],
+    torch.float32: [((2, 2048, 64, 128), 256, 12), ((1, 304, 33, 33), 256, 1)],
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", LAUNCHES, ids=str)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time(chip, dtype):
+    from deeplab_fast.kernels import separable_conv as kernels
+
+    kind = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype)
+    for shape, m, dilation in LAUNCHES[dtype]:
+        x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+        y = torch.empty((shape[0], m, *shape[2:]), dtype=dtype, memory_format=torch.channels_last)
+        c = shape[1]
+        weights = torch.empty(c, 1, 3, 3, dtype=dtype), torch.empty(m, c, dtype=dtype)
+        norms = torch.empty(c), torch.empty(c), "relu", torch.empty(m), torch.empty(m), "relu"
+        prepare, main = compile_launches(
+            chip,
+            lambda x=x, weights=weights, norms=norms, d=dilation, y=y: kernels.separable_conv(
+                x, *weights, *norms, d, 1, y
+            ),
+        )
+        for kernel in (prepare, main):
+            assert kernel.stack == 0, kernel
+            assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+        assert re.search(r"(mul|mad)\.(lo\.s64|wide\.s32)", main.ptx)  # the image's offset
+        if c % 16 == 0:  # the taps of x, each in vectors of 16 bytes
+            assert len(re.findall(r"@%p\d+ ld\.global\.v4\.b32", main.ptx)) >= 9
+            assert "ld.global.v2" not in main.ptx and "ld.global.b16" not in main.ptx
+        if kind is None:
+            assert "mma" not in main.ptx
+            continue
+        instruction = {
+            90: rf"wgmma\.mma_async\.\S*\.{kind}\.{kind}",
+            100: r"tcgen05\.mma\.\S*kind::f16",
+        }.get(chip, rf"mma\.sync\.\S*\.{kind}\.{kind}")
+        assert re.search(instruction, main.ptx) and "tf32" not in main.ptx
+
+
 def test_autocast_casts_x_and_the_weights_only():
     options = arguments((1, 16, 6, 7), 8, torch.float32)
     low = {name: options[name].bfloat16() for name in ("x", "depthwise_weight", "pointwise_weight")}
@@ -315,6 +417,15 @@ def test_reference_equals_the_definition_in_double():
     assert_close(separable_conv_reference(*positional(options)), expected_of(options))
 
 
+def test_pixels_beyond_32_bits_are_a_reason(monkeypatch):
+    options = arguments((1, 4, 5, 5), 3, torch.bfloat16)
+    monkeypatch.setattr(gpu, "triton_why_not", lambda *_: None)
+    assert dispatch.explain(OP, *positional(options))["triton"] is None
+    options["x"] = options["x"][:, :, :1, :1].expand(8, 4, 2**14, 2**14)
+    assert "pixels" in dispatch.explain(OP, *positional(options))["triton"]
+    assert dispatch.explain(OP, *positional(options | {"stride": 2}))["triton"] is None
+
+
 def test_amx_is_a_reason(monkeypatch):
     options = arguments((1, 4, 5, 5), 3, torch.bfloat16)
     monkeypatch.setattr(native, "cpu_why_not", lambda *_: None)
@@ -345,5 +456,5 @@ def test_rejects_bad_input():
     for change, message in cases:
         with pytest.raises(ValueError, match=message):
             separable_conv(**(good | change))
-    with pytest.raises(UserError, match="separable_conv has no backend 'triton'; it has native, reference"):
-        separable_conv(**good, backend="triton")
+    with pytest.raises(UserError, match="separable_conv has no backend 'cudnn'; it has native, triton"):
+        separable_conv(**good, backend="cudnn")

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +12,9 @@ from deeplab_fast.errors import UserError
 from deeplab_fast.ops import dispatch, native, upsample_concat
 from deeplab_fast.ops.upsample_concat import upsample_concat_reference
 from deeplab_fast.testing import assert_close, backends
+from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
 
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OP, BACKWARD = "upsample_concat", "upsample_concat_backward"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
 on_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -33,6 +38,24 @@ SHAPES = [
     (1, 1000, 3, (3, 45), (5, 60)),  # the gradient takes its channels in two blocks
     (0, 8, 4, (3, 4), (6, 8)),  # nothing
 ]
+RATIOS = [(3, 11), (11, 3), (22, 88), (33, 129), (1, 7), (64, 65), (513, 129)]
+if INTERPRET:  # where the sizes of CPU caches do not matter, and every program costs 20 ms
+    RATIOS[3:] = [(9, 33), (1, 7), (16, 17), (65, 17)]
+    SHAPES[0] = (1, 256, 48, (2, 17), (8, 68))
+    SHAPES[12:14] = [(2, 96, 32, (5, 21), (9, 43)), (1, 1000, 3, (3, 9), (5, 12))]
+
+
+@pytest.fixture(autouse=True)
+def larger_programs(monkeypatch):
+    """In the interpreter: it pays by the program."""
+    if INTERPRET:
+        from deeplab_fast.kernels import common
+
+        def configuration(*args, _original=common.configuration):
+            config = _original(*args)
+            return {**config, "BLOCK_ELEMENTS": 4 * config["BLOCK_ELEMENTS"]}
+
+        monkeypatch.setattr(common, "configuration", configuration)
 
 
 def make(shape: tuple, dtype: torch.dtype, device: str = "cpu", *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -96,7 +119,7 @@ def test_gradient(backend, device, dtype, align_corners, shape):
 
 @on_each_backend
 @on_each_alignment
-@pytest.mark.parametrize("source, output", [(3, 11), (11, 3), (22, 88), (33, 129), (1, 7), (64, 65), (513, 129)])
+@pytest.mark.parametrize("source, output", RATIOS)
 def test_taps_are_those_of_torch(backend, device, align_corners, source, output):
     """Ramps along either axis: their result is the position in the source, to a few ulp."""
     ramp = torch.arange(source, dtype=torch.float32, device=device)
@@ -156,6 +179,24 @@ def test_nan_and_infinity_reach_what_they_reach_in_torch(backend, device, value)
     grad[0, 3, 7, 9] = grad[0, 22, 3, 3] = float("nan")
     ours, theirs = (torch.autograd.grad(y, (x, low_level), grad) for y in (result, expected))
     assert all(torch.equal(a.isnan(), b.isnan()) for a, b in zip(ours, theirs, strict=True))
+
+
+@on_each_backend
+@pytest.mark.parametrize("size", [(6, 14), (12, 7)])
+def test_an_axis_that_keeps_its_size_does_not_mix(backend, device, size):
+    """A tap of 0 on the next row or column would make NaN of its infinity."""
+    if backend == "reference":
+        pytest.skip("torch multiplies it by 0")
+    x, low_level = make((1, 16, 1, (6, 7), size), torch.float32, device)
+    kept = 2 if size[0] == 6 else 3
+    x.select(kept, 3).fill_(float("inf"))
+    result = upsample_concat(x.requires_grad_(), low_level, backend=backend)
+    others = [i for i in range(result.shape[kept]) if i != 3]
+    assert result.index_select(kept, torch.tensor(others, device=device)).isfinite().all()
+    grad = torch.ones_like(result)
+    grad.select(kept, 3).fill_(float("nan"))
+    (grad_x,) = torch.autograd.grad(result, x, grad)
+    assert grad_x.index_select(kept, torch.tensor(others, device=device)).isfinite().all()
 
 
 def instruction_sets() -> list[str]:
@@ -298,6 +339,75 @@ def test_other_dtypes_take_the_reference(dtype):
             upsample_concat(x, low_level, backend="native")
 
 
+@on_each_backend
+def test_two_runs_are_equal(backend, device):
+    x, low_level = make((2, 19, 3, (5, 7), (20, 28)), torch.float32, device)
+    runs = []
+    for _ in range(2):
+        y = upsample_concat(x.requires_grad_(), low_level.requires_grad_(), backend=backend)
+        runs.append((y, *torch.autograd.grad(y, (x, low_level), y.detach())))
+    assert all(map(torch.equal, *runs))
+
+
+@on_each_backend
+@on_each_alignment
+def test_half(backend, device, align_corners):
+    if backend == "native":
+        pytest.skip("the CPU kernels do not take float16")
+    check(*make(SHAPES[4], torch.float16, device), align_corners, backend)
+    check_gradients(*make(SHAPES[1], torch.float16, device), align_corners, backend)
+
+
+def launch_all(x: Tensor, low_level: Tensor, out: Tensor, align_corners: bool) -> None:
+    from deeplab_fast.kernels import upsample_concat as kernels
+
+    kernels.forward(x, low_level, out, align_corners)
+    kernels.backward(out, x, low_level, align_corners)
+
+
+def buffers(shape: tuple, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    n, channels, low_channels, size, out = shape
+    shapes = ((channels, *size), (low_channels, *out), (channels + low_channels, *out))
+    return tuple(torch.empty((n, *s), dtype=dtype).to(memory_format=torch.channels_last) for s in shapes)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_compiles_ahead_of_time(chip, dtype):
+    """The decoder's shape at 1024 x 2048: every access is of 16 bytes, nothing spills, nothing is atomic."""
+    found = compile_launches(chip, lambda: launch_all(*buffers((1, 256, 48, (64, 128), (256, 512)), dtype), False))
+    assert [kernel.name for kernel in found] == ["forward_kernel", "backward_kernel"]
+    for kernel in found:
+        assert kernel.stack == 0 and kernel.registers <= 168
+        assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+        for access in re.findall(r"(?:ld|st)\.global\S*", kernel.ptx):
+            assert ".v4" in access, f"{kernel.name}: {access}"
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels, low_channels, widest", [(256, 44, 8), (256, 46, 4), (19, 3, 2)])
+def test_rows_that_are_not_aligned_are_written_in_narrower_vectors(channels, low_channels, widest):
+    """Of bf16: rows of 600 bytes take 8 at once, of 604 bytes 4, and of 44 bytes with 38 before low_level's 2."""
+    tensors = buffers((1, channels, low_channels, (8, 16), (32, 64)), torch.bfloat16)
+    for kernel in compile_launches(90, lambda: launch_all(*tensors, False)):
+        # Of the pixels, that is; x and its gradient have rows of their own.
+        pixels = "st" if kernel.name == "forward_kernel" else "ld"
+        sizes = set()
+        for access in re.findall(rf"{pixels}\.global\S*", kernel.ptx):
+            count, bits = re.search(r"(?:\.v(\d))?\.b(\d+)", access).groups()
+            sizes.add(int(count or 1) * int(bits) // 8)
+        assert max(sizes) == widest, (kernel.name, sizes)
+
+
+@needs_compiler
+def test_offsets_of_rows_are_multiplied_in_64_bits():
+    """8 images of 304 x 1024 x 1024 hold more elements than 32 bits count."""
+    tensors = buffers((1, 256, 48, (8, 16), (32, 64)), torch.bfloat16)
+    for kernel in compile_launches(90, lambda: launch_all(*tensors, False)):
+        assert re.search(r"\b(mul|mad)\.lo\.s64", kernel.ptx), kernel.name
+
+
 def test_compile_and_export_hold_one_op_and_name_no_backend():
     class Join(torch.nn.Module):
         def forward(self, x: Tensor, low_level: Tensor) -> Tensor:
@@ -329,5 +439,5 @@ def test_rejects_what_is_not_a_pair_of_activations():
         upsample_concat(x[:1], low_level)
     with pytest.raises(ValueError, match="x is on cpu and low_level on meta"):
         upsample_concat(x, low_level.to("meta"))
-    with pytest.raises(UserError, match="upsample_concat has no backend 'triton'; it has native, reference"):
-        upsample_concat(x, low_level, backend="triton")
+    with pytest.raises(UserError, match="upsample_concat has no backend 'cudnn'; it has native, triton, reference"):
+        upsample_concat(x, low_level, backend="cudnn")
