@@ -15,7 +15,7 @@ import tyro
 from . import checkpoint
 from .config import Config
 from .errors import UserError
-from .presets import PRESETS
+from .presets import PRESETS, smoke
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class TrainCommand:
     """start from this preset"""
     resume: Path | None = None
     """go on with the run in this folder"""
+    smoke: bool = False
+    """the preset at a tiny size, for a trial on a CPU: 20 steps, small crops, narrow heads, random weights"""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=PRESETS["scenes"])
     output_given: tyro.conf.Suppress[bool] = False
 
@@ -36,7 +38,17 @@ class TrainCommand:
 # What a resumed run may change: nothing that the numbers depend on.
 _FREE_ON_RESUME = {"data.root", "data.workers", "data.check"} | {
     f"run.{name}"
-    for name in ("device", "compile", "threads", "log_every", "val_every", "save_every", "sample_count", "tensorboard")
+    for name in (
+        "device",
+        "compile",
+        "recompute",
+        "threads",
+        "log_every",
+        "val_every",
+        "save_every",
+        "sample_count",
+        "tensorboard",
+    )
 }
 
 
@@ -44,7 +56,10 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
     """The command, and the content of the checkpoint that it goes on from, if any."""
     argv = list(sys.argv[1:] if argv is None else argv)
     resume, preset = _value_of(argv, "--resume"), _value_of(argv, "--preset")
+    small = "--smoke" in argv
     resumed = None
+    if resume is not None and small:
+        raise UserError(f"--smoke and --resume {resume}: a run goes on with its own settings; give one of them")
     if resume is not None and preset is not None:
         raise UserError(
             f"--preset {preset} and --resume {resume}: a run goes on with its own settings; give one of them"
@@ -57,10 +72,11 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
             raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
         # An unknown --data is tyro's to report.
         config = PRESETS.get(name, PRESETS["scenes"])()
+        config = smoke(config) if small else config
     command = tyro.cli(
         TrainCommand,
         prog="python -m deeplab_fast.train",
-        default=TrainCommand(preset=preset, config=config),
+        default=TrainCommand(preset=preset, smoke=small, config=config),
         args=argv,
         config=(tyro.conf.OmitArgPrefixes,),
     )

@@ -52,9 +52,15 @@ class AugmentConfig:
     crop_size: tuple[int, int] = (513, 513)
     """height and width of a training crop, in pixels"""
     scale_min: float = 0.5
-    """smallest random scale, drawn uniformly; equal to scale_max: no random scale"""
+    """smallest random scale; equal to scale_max: no random scale"""
     scale_max: float = 2.0
     """largest random scale"""
+    scale_sampling: Literal["uniform", "log", "step"] = "uniform"
+    """uniform; log: halving as likely as doubling; step: one of scale_min, scale_min + scale_step ... scale_max"""
+    scale_step: float = 0.25
+    """step: distance of two scales"""
+    base_size: int = 0
+    """length in pixels of the image's shorter side at scale 1; 0: its own"""
     flip: float = 0.5
     """probability of a left-right flip"""
     jitter: float = 0.0
@@ -109,6 +115,8 @@ class ModelConfig:
     """3x3 convolutions after the concat: 1 or 2"""
     dropout: float = 0.1
     """dropout after ASPP's projection"""
+    decoder_dropout: tuple[float, ...] = ()
+    """dropout after each of the decoder's 3x3 convolutions; empty: none"""
     align_corners: bool = False
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
@@ -120,6 +128,12 @@ class ModelConfig:
     pixels: Literal["imagenet", "symmetric", "bgr_unit"] = "imagenet"
     """what the backbone is given: RGB normalised by ImageNet's mean and deviation, RGB from -1 to 1 (TensorFlow's
     Xception), or BGR from 0 to 1; the input is converted"""
+    norm_momentum: float = 0.1
+    """share of a batch in the running statistics of the backbone's batch norms"""
+    head_norm_momentum: float = 0.1
+    """the same for those of ASPP, decoder and auxiliary head"""
+    auxiliary: bool = False
+    """a second head on the backbone's third stage, for the training loss alone (see auxiliary_weight)"""
 
 
 @dataclass(frozen=True)
@@ -132,34 +146,61 @@ class OptimConfig:
     """forward passes in one optimiser step"""
     steps: int = 30_000
     """optimiser steps"""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd (with momentum) or adamw"""
+    optimizer: Literal["sgd", "adamw", "rmsprop"] = "sgd"
+    """sgd (with momentum), adamw or rmsprop (with momentum)"""
     lr: float = 0.01
     """peak learning rate of the backbone"""
     head_lr_mult: float = 10.0
     """learning rate of ASPP, decoder and classifier over the backbone's"""
     momentum: float = 0.9
-    """of SGD; AdamW's first beta"""
+    """of SGD and RMSprop; AdamW's first beta"""
     nesterov: bool = False
     """SGD only: Nesterov's momentum"""
     weight_decay: float = 1e-4
-    """L2 penalty of SGD; AdamW's decoupled decay"""
+    """L2 penalty of SGD and RMSprop; AdamW's decoupled decay"""
+    rms_decay: float = 0.99
+    """RMSprop only: decay a step of the averaged squared gradient; TensorFlow's MobileNets have 0.9"""
+    epsilon: float = 1e-8
+    """AdamW and RMSprop: what is added to the root of that average; TensorFlow's MobileNets have 1 in RMSprop"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
+    schedule: Literal["poly", "cosine", "step", "constant"] = "poly"
+    """how the rate falls: (1 - step / steps) ** poly_power, half a cosine to 0, or by step_factor every step_every"""
     poly_power: float = 0.9
-    """the rate falls as (1 - step / steps) ** power"""
+    """poly: the exponent"""
+    step_every: int = 10_000
+    """step: steps between two falls"""
+    step_factor: float = 0.1
+    """step: the rate after a fall over that before it"""
     warmup_steps: int = 0
-    """steps in which the rate rises linearly from warmup_lr_mult of its value"""
+    """steps in which the rate rises from warmup_lr_mult of its value"""
+    warmup: Literal["linear", "exponential"] = "linear"
+    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after"""
     warmup_lr_mult: float = 0.01
     """where the warm-up starts, over the peak rate"""
     clip_norm: float = 0.0
     """largest norm of the gradient; 0: no clipping"""
     ema_decay: float = 0.0
     """decay a step of the averaged weights, which are then validated and saved as the model; 0: off"""
-    class_weights: tuple[float, ...] | None = None
-    """weight of each class in the loss; None: all 1"""
+    class_weights: tuple[float, ...] | Literal["enet", "median"] | None = None
+    """weight of each class in the loss, or measured on the training split: enet, 1 / ln(1.02 + share of the pixels), or
+    median, median frequency over its own; None: all 1"""
     label_smoothing: float = 0.0
     """share of the target spread over all classes"""
+    focal_gamma: float = 0.0
+    """exponent of the focal loss, (1 - p) ** gamma times the cross entropy of each pixel; 0: cross entropy"""
+    auxiliary_weight: float = 0.4
+    """weight of the auxiliary head's cross entropy (PSPNet, section 3.3; torchvision's script has 0.5)"""
+    mining: Literal["none", "ohem", "top_k"] = "none"
+    """learn from the hard pixels of each forward pass only: by their probability, or the share with the largest loss"""
+    ohem_threshold: float = 0.7
+    """ohem: a pixel is hard where the probability of its class is at most this"""
+    ohem_min_kept: float = 1 / 16
+    """ohem: share of all pixels, ignored ones too, that is kept however large their probability"""
+    top_k: float = 0.25
+    """top_k: share of all pixels, ignored ones too, that is kept"""
+    top_k_steps: int = 0
+    """top_k: steps in which that share falls linearly from 1"""
 
 
 @dataclass(frozen=True)
@@ -178,6 +219,9 @@ class RunConfig:
     """channels-last activations and weights"""
     compile: bool = False
     """torch.compile the model"""
+    recompute: bool = False
+    """compute the backbone's blocks again in the backward pass instead of keeping what is inside them (activation
+    checkpointing): less memory, a forward pass of the backbone more"""
     threads: int = 0
     """CPU threads; 0: all that torch would take"""
     log_every: int = 10
@@ -204,6 +248,8 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "augment.crop_size": (1, None),
     "augment.scale_min": (0.01, None),
     "augment.scale_max": (0.01, None),
+    "augment.scale_step": (0.01, None),
+    "augment.base_size": (0, None),
     "augment.flip": (0, 1),
     "augment.jitter": (0, 1),
     "augment.blur": (0, 1),
@@ -216,13 +262,23 @@ _BOUNDS: dict[str, tuple[float | None, float | None]] = {
     "optim.head_lr_mult": (0, None),
     "optim.momentum": (0, 1),
     "optim.weight_decay": (0, None),
+    "optim.rms_decay": (0, 1),
+    "optim.epsilon": (0, None),
     "optim.poly_power": (0, None),
+    "optim.step_every": (1, None),
+    "optim.step_factor": (0, 1),
     "optim.warmup_steps": (0, None),
     "optim.warmup_lr_mult": (0, 1),
     "optim.clip_norm": (0, None),
     "optim.ema_decay": (0, 1),
     "optim.class_weights": (0, None),
     "optim.label_smoothing": (0, 1),
+    "optim.focal_gamma": (0, 32),
+    "optim.auxiliary_weight": (0, None),
+    "optim.ohem_threshold": (0, 1),
+    "optim.ohem_min_kept": (0, 1),
+    "optim.top_k": (0, 1),
+    "optim.top_k_steps": (0, None),
     "run.seed": (0, 2**31 - 1),
     "run.threads": (0, None),
     "run.log_every": (1, None),
@@ -247,15 +303,26 @@ class Config:
         for name, (low, high) in _BOUNDS.items():
             group, _, item = name.partition(".")
             value = getattr(getattr(self, group), item)
-            for number in value if isinstance(value, tuple) else () if value is None else (value,):
+            for number in (
+                value if isinstance(value, tuple) else () if value is None or isinstance(value, str) else (value,)
+            ):
                 within = (low is None or number >= low) and (high is None or number <= high)
                 if not (within and math.isfinite(number)):
                     bounds = f"at least {low}" if high is None else f"from {low} to {high}"
                     raise UserError(f"--{item.replace('_', '-')} {number}: expected {bounds}")
         if self.augment.scale_min > self.augment.scale_max:
             raise UserError(f"--scale-min {self.augment.scale_min} is larger than --scale-max {self.augment.scale_max}")
+        if self.run.recompute and self.run.compile:
+            raise UserError("--recompute --compile: expected one of them; torch.compile chooses what it recomputes")
+        if self.optim.warmup == "exponential" and self.optim.warmup_steps and not self.optim.warmup_lr_mult:
+            raise UserError("--warmup exponential --warmup-lr-mult 0: expected a number above 0 to start from")
         if self.optim.nesterov and not self.optim.momentum:
             raise UserError("--nesterov --momentum 0: expected a momentum above 0")
+        if self.optim.focal_gamma and self.optim.label_smoothing:
+            raise UserError(
+                f"--focal-gamma {self.optim.focal_gamma} --label-smoothing {self.optim.label_smoothing}: "
+                "expected one of them, the other 0"
+            )
         if self.optim.optimizer == "adamw" and self.optim.momentum == 1:
             raise UserError("--optimizer adamw --momentum 1: expected a momentum under 1")
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,6 +20,7 @@ from .cli import run_command
 from .config import DataConfig, DataName
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
+from .data.protocol import CentreCrop
 from .device import describe, resolve_device, resolve_precision, set_allocator
 from .errors import UserError
 from .files import atomic_path, make_folder
@@ -33,7 +34,7 @@ SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "con
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Score a checkpoint on whole images at their own size.
+    """Score a checkpoint, on whole images at their own size unless --protocol says otherwise.
 
     Without --data and --root it takes the data set that the checkpoint was trained with.
     """
@@ -62,6 +63,13 @@ class EvaluateCommand:
     """height and width of overlapping windows; 0 0: whole images, 1024 x 1024 above 2048 x 2048 pixels"""
     overlap: float = DEFAULT_OVERLAP
     """share of a window that the next one covers again"""
+    scales: tuple[float, ...] = (1.0,)
+    """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
+    flip: bool = False
+    """average over the mirrored image as well"""
+    protocol: Literal["paper", "crop513"] = "paper"
+    """paper: whole images at their own size; crop513: image and truth scaled to a shorter side of 513 pixels, and the
+    square in the middle, for figures of repositories that score so"""
 
 
 def choose_data(saved: DataConfig, name: str | None, root: str | None, year: str | None = None) -> DataConfig:
@@ -103,8 +111,8 @@ def mask_paths(dataset: Dataset, root: str | None, folder: Path) -> list[Path]:
     return paths
 
 
-def check_json(path: Path) -> None:
-    """UserError unless `path` is a new file or one that --json wrote."""
+def check_json(path: Path, keys: Collection[str] = ("confusion", "checkpoint"), what: str = "scores") -> None:
+    """UserError unless `path` is a new file or one that --json wrote, whose object has `keys`."""
     saved = None
     try:
         if not path.name or path.is_dir():
@@ -116,8 +124,15 @@ def check_json(path: Path) -> None:
                 saved = json.loads(path.read_bytes())
     except OSError as error:
         raise UserError(f"--json {path}: {error.strerror}") from error
-    if not (isinstance(saved, dict) and {"confusion", "checkpoint"} <= saved.keys()):
-        raise UserError(f"--json {path} exists and does not hold scores of this command; choose another name")
+    if not (isinstance(saved, dict) and set(keys) <= saved.keys()):
+        raise UserError(f"--json {path} exists and does not hold {what} of this command; choose another name")
+
+
+def _how(command: EvaluateCommand) -> str:
+    """What a score without it would not be compared with."""
+    parts = [f"{scale:g} x" for scale in command.scales] if command.scales != (1.0,) else []
+    parts += ["mirrored"] * command.flip + [f"protocol {command.protocol}"] * (command.protocol != "paper")
+    return "".join(f", {part}" for part in parts)
 
 
 def evaluate(command: EvaluateCommand) -> dict[str, Any]:
@@ -132,10 +147,12 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     require_truth(dataset)
     check_classes(classes, dataset.classes, command.checkpoint, data.name)
     paths = mask_paths(dataset, data.root, command.output) if command.output else None
+    if command.protocol == "crop513":
+        dataset = CentreCrop(dataset)
     for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
         make_folder(folder)
 
-    print(f"{command.checkpoint} on {data.name} {dataset.split}; {describe(device, dtype)}")
+    print(f"{command.checkpoint} on {data.name} {dataset.split}{_how(command)}; {describe(device, dtype)}")
     bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
 
     def save(index: int, prediction: Tensor) -> None:
@@ -154,6 +171,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             channels_last=config.run.channels_last,
             window=command.window if any(command.window) else None,
             overlap=command.overlap,
+            scales=command.scales,
+            flip=command.flip,
         )
     speed = len(dataset) / (time.perf_counter() - began)
     print(f"\n{format_table(result, classes.names)}\n\n{len(dataset)} images, {speed:.1f} images/s")
@@ -163,6 +182,9 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "data": data.name,
         "split": dataset.split,
         "images": len(dataset),
+        "protocol": command.protocol,
+        "scales": list(command.scales),
+        "flip": command.flip,
         "classes": list(classes.names),
     }
 

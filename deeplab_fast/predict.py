@@ -59,6 +59,10 @@ class PredictCommand:
     """height and width of overlapping windows; 0 0: whole images, 1024 x 1024 above 2048 x 2048 pixels"""
     overlap: float = DEFAULT_OVERLAP
     """share of a window that the next one covers again"""
+    scales: tuple[float, ...] = (1.0,)
+    """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
+    flip: bool = False
+    """average over the mirrored image as well"""
 
 
 class Job(NamedTuple):
@@ -157,6 +161,7 @@ def predict(command: PredictCommand) -> int:
     print(f"{command.checkpoint}, images: {len(jobs)}; {describe(device, dtype)}")
     options = {"device": device, "dtype": dtype, "channels_last": config.run.channels_last}
     options |= {"window": command.window if any(command.window) else None, "overlap": command.overlap}
+    options |= {"scales": command.scales, "flip": command.flip}
     with contextlib.nullcontext() if command.submission is None else submission(command.submission) as archive:
         broken = 0
         bar = tqdm(jobs, unit="image", dynamic_ncols=True, disable=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import nn
@@ -11,12 +12,27 @@ from .config import OptimConfig
 
 
 def lr_factor(step: int, config: OptimConfig) -> float:
-    """The rate of 0-based `step` over the peak rate: linear warm-up times poly decay (DeepLabv3, section 4.1)."""
-    poly = (1 - step / config.steps) ** config.poly_power
-    if step >= config.warmup_steps:
-        return poly
-    start = config.warmup_lr_mult
-    return poly * (start + (1 - start) * step / config.warmup_steps)
+    """The rate of 0-based `step` over the peak rate.
+
+    A linear warm-up multiplies the decay (DeepLabv3, section 4.1: poly), which begins at step 0; after an exponential
+    one the decay has the steps that are left (CoinCheung/DeepLab-v3-plus-cityscapes, optimizer.py).
+    """
+    warmup, start = config.warmup_steps, config.warmup_lr_mult
+    if config.warmup == "exponential":
+        return start ** (1 - step / warmup) if step < warmup else _decay(step - warmup, config.steps - warmup, config)
+    rise = start + (1 - start) * step / warmup if step < warmup else 1.0
+    return rise * _decay(step, config.steps, config)
+
+
+def _decay(step: int, steps: int, config: OptimConfig) -> float:
+    """The factor of 0-based `step` of `steps`."""
+    if config.schedule == "poly":
+        return (1 - step / steps) ** config.poly_power
+    if config.schedule == "cosine":
+        return (1 + math.cos(math.pi * step / steps)) / 2
+    if config.schedule == "step":
+        return config.step_factor ** (step // config.step_every)
+    return 1.0
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
@@ -43,7 +59,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """The optimiser over `parameter_groups`; the loop sets each group's rate before every step."""
     groups = parameter_groups(model, config)
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999), eps=config.epsilon)
+    if config.optimizer == "rmsprop":
+        momentum = {"alpha": config.rms_decay, "momentum": config.momentum}
+        return torch.optim.RMSprop(groups, lr=config.lr, eps=config.epsilon, **momentum)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import Config
+from .data.class_counts import class_weights, count_classes
 from .data.datasets import Dataset
 from .device import resolve_device, resolve_precision
 from .errors import UserError
@@ -26,7 +27,7 @@ class Training:
     """Model, optimiser and all else that a resumed run needs to go on exactly where it stopped."""
 
     def __init__(self, config: Config, train_set: Dataset, val_set: Dataset) -> None:
-        self.config, self.classes = config, train_set.classes
+        self.config, self.classes, self.train_set = config, train_set.classes, train_set
         # Another list of images would change every batch of a run that goes on.
         self.data = {"train": [train_set.split, len(train_set)], "val": [val_set.split, len(val_set)]}
         self.device = resolve_device(config.run.device)
@@ -45,10 +46,14 @@ class Training:
             load_initial_weights(self.model, config)
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)
+        if config.run.recompute and not hasattr(self.model.backbone, "recompute"):
+            raise UserError(f"--recompute: the backbone {config.model.backbone} has no blocks for it")
+        self.model.backbone.recompute = config.run.recompute
         self.average = WeightAverage(self.model, optim.ema_decay) if optim.ema_decay else None
         self.optimizer = build_optimizer(self.model, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.class_weights = _class_weights(config, len(self.classes.names), self.device)
+        measured = None if resumed is None else resumed["training"].get("class_weights")
+        self.class_weights = _class_weights(config, self.train_set, measured, self.device)
         if resumed is not None:
             self._restore(resumed)
         if config.run.compile and self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
@@ -97,6 +102,8 @@ class Training:
             "scaler": self.scaler.state_dict(),
             "precision": str(self.dtype).removeprefix("torch."),
             "data": self.data,
+            # A run goes on with the weights that it measured, whatever has become of the masks.
+            "class_weights": None if self.class_weights is None else self.class_weights.tolist(),
             "validated_step": self.validated_step,
             "best_miou": self.best_miou,
         }
@@ -129,10 +136,18 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     print(f"backbone weights from {source}")
 
 
-def _class_weights(config: Config, num_classes: int, device: torch.device) -> Tensor | None:
-    weights = config.optim.class_weights
+def _class_weights(
+    config: Config, train_set: Dataset, measured: list[float] | None, device: torch.device
+) -> Tensor | None:
+    """fp32 (K,). measured: what an earlier part of this run found."""
+    weights, names = config.optim.class_weights, train_set.classes.names
     if weights is None:
         return None
-    if len(weights) != num_classes:
-        raise UserError(f"--class-weights has {len(weights)} numbers; the data set has {num_classes} classes")
+    if isinstance(weights, str):
+        kind, weights = weights, measured
+        if weights is None:
+            weights = class_weights(count_classes(train_set, config.data.workers), kind)
+            print(f"class weights ({kind}): " + ", ".join(f"{n} {w:.3g}" for n, w in zip(names, weights, strict=True)))
+    if len(weights) != len(names):
+        raise UserError(f"--class-weights has {len(weights)} numbers; the data set has {len(names)} classes")
     return torch.tensor(weights, dtype=torch.float32, device=device)

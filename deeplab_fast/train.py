@@ -25,7 +25,7 @@ from .data.loader import Batch, train_batches
 from .device import autocast, describe, set_allocator
 from .errors import UserError
 from .inference import evaluate_dataset
-from .loss import cross_entropy_sum, mean_loss, target_weight
+from .loss import mean_loss, rescale, target_weight, training_loss
 from .record import RunRecord, new_run_folder
 from .schedule import lr_factor
 from .state import Training
@@ -48,23 +48,29 @@ def optimise(training: Training, batches: Iterator[Batch]) -> Tensor:
     # because a loader takes a number from the same generator when it starts.
     torch.manual_seed(config.run.seed * 1_000_003 + training.step)
     training.model.train()
-    total = torch.zeros((), device=device)
+    total, kept = torch.zeros((), device=device), torch.zeros((), device=device)
     for batch, mask in zip(passes, masks, strict=True):
         images = batch.images.to(device, non_blocking=True)
         x = prepare(images, batch.colour, dtype=training.dtype, channels_last=config.run.channels_last)
         with autocast(device, training.dtype):
-            logits = model(x)
-        loss = cross_entropy_sum(
-            logits,
+            outputs = model(x)
+        loss, hard = training_loss(
+            outputs,
             mask,
+            config.optim,
             class_weights=training.class_weights,
-            label_smoothing=config.optim.label_smoothing,
             align_corners=config.model.align_corners,
+            step=training.step,
         )
         loss = mean_loss(loss, weight)
         training.scaler.scale(loss).backward()
         total += loss.detach()
+        if hard is not None:
+            kept += hard
 
+    if config.optim.mining != "none":
+        gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
+        total = rescale(gradients, total, weight, kept)
     if config.optim.clip_norm:
         training.scaler.unscale_(training.optimizer)
         nn.utils.clip_grad_norm_(training.model.parameters(), config.optim.clip_norm)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from deeplab_fast.config import AugmentConfig
-from deeplab_fast.data.augment import GREY, MEAN, PAD_VALUE, STD, crop_sample, draw_colour, prepare
+from deeplab_fast.data.augment import GREY, MEAN, PAD_VALUE, STD, crop_sample, draw_colour, draw_scale, prepare
 from deeplab_fast.data.labels import IGNORE
 
 PLAIN = AugmentConfig(crop_size=(40, 56), scale_min=1.0, scale_max=1.0, flip=0.0)
@@ -265,3 +265,29 @@ def test_prepare_leaves_its_input_alone_under_autocast():
 def test_prepare_wants_colour_on_the_cpu():
     with pytest.raises(ValueError, match="colour is on meta; expected it on the CPU, where it is read"):
         prepare(images(), torch.ones(3, 4, device="meta"), dtype=torch.float32)
+
+
+def test_scales_are_drawn_as_asked():
+    def draws(**fields) -> np.ndarray:
+        config = AugmentConfig(**fields)
+        generator = rng(0)
+        return np.array([draw_scale(generator, config) for _ in range(4000)])
+
+    steps, counts = np.unique(draws(scale_sampling="step"), return_counts=True)
+    np.testing.assert_allclose(steps, [0.5, 0.75, 1, 1.25, 1.5, 1.75, 2])
+    assert counts.min() > 4000 / 7 * 0.85
+    logarithms = np.log2(draws(scale_sampling="log"))
+    shares, _ = np.histogram(logarithms, 4, (-1, 1))
+    assert logarithms.min() >= -1 and logarithms.max() <= 1 and shares.min() > 900
+    uniform, _ = np.histogram(draws(), 3, (0.5, 2))
+    assert uniform.min() > 1200
+    assert set(draws(scale_sampling="step", scale_min=0.7, scale_max=0.7)) == {0.7}
+
+
+def test_scale_1_is_the_base_size():
+    """The 40 x 60 image's shorter side becomes 20 times the scale."""
+    image, mask = np.full((40, 60, 3), 9, np.uint8), np.ones((40, 60), np.uint8)
+    for scale in (0.5, 1.0, 2.0):
+        _, labels = crop_sample(image, mask, rng(0), at_scale(scale, (100, 100), base_size=20))
+        rows, columns = (np.count_nonzero((labels == 1).any(axis)) for axis in (1, 0))
+        assert (rows, columns) == (20 * scale, 30 * scale)

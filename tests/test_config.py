@@ -48,6 +48,7 @@ def test_unknown_field_of_a_newer_file_is_named():
         (["--lr", "nan"], "--lr nan: expected at least 0"),
         (["--scale-max", "inf"], "--scale-max inf: expected at least 0.01"),
         (["--nesterov", "--momentum", "0"], "--nesterov --momentum 0: expected a momentum above 0"),
+        (["--warmup", "exponential", "--warmup-steps", "5", "--warmup-lr-mult", "0"], "expected a number above 0"),
         (["--optimizer", "adamw", "--momentum", "1"], "expected a momentum under 1"),
         (["--resume", "runs/x", "--preset", "voc"], "--preset voc and --resume runs/x"),
         (["--flip", "1.5"], "--flip 1.5: expected from 0 to 1"),

@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from deeplab_fast import checkpoint, cli, evaluate
 from deeplab_fast.config import Config, DataConfig, ModelConfig
 from deeplab_fast.data.augment import MEAN, STD
+from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.labels import CAMVID, VOC, Classes
+from deeplab_fast.data.protocol import CentreCrop
 from deeplab_fast.data.scenes import SCENES
 from deeplab_fast.errors import UserError
 from deeplab_fast.evaluate import check_classes, choose_data, main
 
 JSON_KEYS = {
     *("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion"),
-    *("checkpoint", "data", "split", "images", "classes"),
+    *("checkpoint", "data", "split", "images", "protocol", "scales", "flip", "classes"),
 }
 
 
@@ -247,3 +249,45 @@ def test_a_scenes_checkpoint_evaluates_without_a_flag(tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert sum(map(sum, saved["confusion"])) == 2 * 48 * 64
     assert saved["data"] == "scenes" and len(saved["class_iou"]) == len(SCENES)
+
+
+def test_scales_and_flip_reach_the_model(oracle, tmp_path, capsys):
+    assert run("--json", tmp_path / "scores.json", "--scales", "0.5", "1", "--flip") == 0
+    assert oracle.seen == {(21, 33), (10, 16), (35, 18), (18, 9)}
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["scales"] == [0.5, 1] and saved["flip"] and saved["protocol"] == "paper"
+    assert saved["images"] == 2 and sum(map(sum, saved["confusion"])) == 20 * 33 + 34 * 18
+    assert "camvid val, 0.5 x, 1 x, mirrored;" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"the scales are \(1.0, -1.0\): expected numbers above 0"):
+        run("--scales", "1", "-1")
+
+
+def test_the_centre_crop_resamples_image_and_truth_alike(camvid):
+    """Colours stand for classes, so the two must agree wherever no edge is near; ignored rows stay ignored."""
+    dataset = open_dataset(DataConfig(name="camvid", root=str(camvid)), "val")
+    for index, (height, width) in enumerate([(21, 33), (35, 18)]):
+        for size in (9, 18, 42):
+            image, mask = CentreCrop(dataset, size).load(index)
+            assert image.shape == (size, size, 3) and mask.shape == (size, size)
+            whole = dataset.load(index)[1]
+            tall, wide = (length * size // min(height, width) for length in (height, width))
+            # Each kept pixel's centre, in the whole image.
+            rows = (np.arange(size) + round((tall - size) / 2) + 0.5) * height / tall
+            columns = (np.arange(size) + round((wide - size) / 2) + 0.5) * width / wide
+            expected = whole[rows.astype(int)[:, None], columns.astype(int)]
+            assert (mask != expected).mean() < 0.03
+            road = np.abs(image.astype(int) - CAMVID.palette[3]).max(2) == 0
+            assert road.mean() > 0.2 and (mask[road] == 3).mean() > 0.9
+    assert CentreCrop(dataset).stem(1) == "street1" and len(CentreCrop(dataset)) == 2
+
+
+def test_the_crop_protocol_scores_513_by_513_of_each_image(oracle, tmp_path, capsys):
+    assert run("--protocol", "crop513", "--json", tmp_path / "scores.json", "--output", tmp_path / "masks") == 0
+    assert oracle.seen == {(513, 513)}
+    saved = json.loads((tmp_path / "scores.json").read_text())
+    assert saved["protocol"] == "crop513" and saved["images"] == 2
+    ignored = 513 / 21 + 513 / 18  # one row of each
+    assert sum(map(sum, saved["confusion"])) == pytest.approx(513 * (2 * 513 - ignored), rel=0.01)
+    with Image.open(tmp_path / "masks" / "street0.png") as mask:
+        assert mask.size == (513, 513)
+    assert "camvid val, protocol crop513;" in capsys.readouterr().out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -22,6 +24,27 @@ def test_warm_up_rises_linearly_to_the_poly_curve():
     assert lr_factor(0, config) == pytest.approx(0.1)
     assert lr_factor(5, config) == pytest.approx((0.1 + 0.9 * 0.5) * (1 - 5 / 1000))
     assert lr_factor(10, config) == pytest.approx(1 - 10 / 1000)
+
+
+def test_exponential_warm_up_rises_by_one_factor_and_poly_has_the_rest():
+    """From 5e-6 to 0.01 in 1,000 of 41,000 steps, as in CoinCheung/DeepLab-v3-plus-cityscapes."""
+    config = OptimConfig(steps=41_000, warmup_steps=1000, warmup_lr_mult=5e-4, warmup="exponential")
+    factors = [lr_factor(step, config) for step in range(1001)]
+    assert factors[0] == pytest.approx(5e-4) and factors[1000] == 1.0
+    ratios = [b / a for a, b in itertools.pairwise(factors)]
+    assert ratios == pytest.approx([2000 ** (1 / 1000)] * 1000)
+    assert lr_factor(21_000, config) == pytest.approx(0.5**0.9)
+
+
+def test_step_and_cosine_and_constant():
+    step = OptimConfig(steps=100, schedule="step", step_every=30, step_factor=0.5)
+    assert [lr_factor(s, step) for s in (0, 29, 30, 59, 60, 99)] == [1, 1, 0.5, 0.5, 0.25, 0.125]
+    cosine = OptimConfig(steps=100, schedule="cosine")
+    assert [lr_factor(s, cosine) for s in (0, 25, 50)] == pytest.approx([1, 0.5 + 0.5**1.5, 0.5])
+    assert 0 < lr_factor(99, cosine) < 1e-3
+    assert lr_factor(99, OptimConfig(steps=100, schedule="constant")) == 1.0
+    warm = OptimConfig(steps=100, schedule="cosine", warmup_steps=10, warmup_lr_mult=0.0)
+    assert lr_factor(5, warm) == pytest.approx(0.5 * lr_factor(5, cosine))
 
 
 class Tiny(nn.Module):
@@ -47,14 +70,34 @@ def test_decay_norm_bias_decays_everything():
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop)]
+)
 def test_optimiser_takes_groups_momentum_and_decay(name, kind):
     optimizer = build_optimizer(Tiny(), OptimConfig(optimizer=name, momentum=0.8, weight_decay=0.3, head_lr_mult=2.0))
     assert type(optimizer) is kind
     assert sorted({group["lr_mult"] for group in optimizer.param_groups}) == [1.0, 2.0]
     assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.3]
     for group in optimizer.param_groups:
-        assert (group["momentum"] if name == "sgd" else group["betas"][0]) == 0.8
+        assert (group["betas"][0] if name == "adamw" else group["momentum"]) == 0.8
+
+
+def test_rmsprop_steps_as_the_formula_says():
+    """v = a v + (1 - a) g^2, b = m b + g / (sqrt(v) + e), w = w - lr b, with the L2 penalty in g."""
+    settings = {"momentum": 0.9, "rms_decay": 0.8, "epsilon": 0.25, "weight_decay": 0.1}
+    model = Tiny()
+    weight = model.classifier.weight
+    optimizer = build_optimizer(model, OptimConfig(optimizer="rmsprop", lr=0.5, head_lr_mult=1.0, **settings))
+    expected, square, buffer = weight.detach().clone(), 0.0, 0.0
+    for step in range(3):
+        gradient = torch.full_like(weight, step + 1.0)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        gradient += 0.1 * expected
+        square = 0.8 * square + 0.2 * gradient**2
+        buffer = 0.9 * buffer + gradient / (square.sqrt() + 0.25)
+        expected -= 0.5 * buffer
+        torch.testing.assert_close(weight.detach(), expected)
 
 
 def test_average_follows_the_formula_and_covers_buffers():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from ..ops.augment_image import PAD_VALUE
 from ..ops.normalize_image import GREY, MEAN, STD
 from .labels import IGNORE
 
-__all__ = ["GREY", "MEAN", "PAD_VALUE", "STD", "crop_sample", "draw_colour", "prepare"]
+__all__ = ["GREY", "MEAN", "PAD_VALUE", "STD", "crop_sample", "draw_colour", "draw_scale", "prepare"]
 
 
 def crop_sample(
@@ -29,7 +31,9 @@ def crop_sample(
     `pad_value` and IGNORE. Only the region that is kept is resampled: the image bilinear, antialiased when
     shrinking, the mask by nearest neighbour; both map pixel centre to pixel centre.
     """
-    scale = rng.uniform(config.scale_min, config.scale_max)
+    scale = draw_scale(rng, config)
+    if config.base_size:
+        scale *= config.base_size / min(mask.shape)
     scaled = tuple(max(1, round(length * scale)) for length in mask.shape)
     top, left = _corner(mask, scaled, rng, config)
     crop_h, crop_w = config.crop_size
@@ -38,6 +42,21 @@ def crop_sample(
     out_image = augment_image(_tensor(image), scaled, window, flip=flip, pad_value=pad_value)
     out_mask = augment_image_mask(_tensor(mask), scaled, window, flip=flip, ignore=IGNORE)
     return out_image.numpy(), out_mask.numpy()
+
+
+def draw_scale(rng: np.random.Generator, config: AugmentConfig) -> float:
+    """A random scale from [scale_min, scale_max].
+
+    Uniform (jfzhang95/pytorch-deeplab-xception), uniform in its logarithm (chenxi116/DeepLabv3.pytorch), or one of
+    evenly spaced values with both ends, as near to `scale_step` apart as they go (TensorFlow's DeepLab).
+    """
+    low, high = config.scale_min, config.scale_max
+    if config.scale_sampling == "step":
+        last = max(1, round((high - low) / config.scale_step))
+        return low + (high - low) * int(rng.integers(last + 1)) / last
+    if config.scale_sampling == "log":
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+    return rng.uniform(low, high)
 
 
 def _tensor(array: np.ndarray) -> Tensor:

@@ -32,6 +32,10 @@ class Dataset:
         none."""
         raise NotImplementedError
 
+    def load_mask(self, index: int) -> np.ndarray | None:
+        """The mask that `load` gives, without its image where that is read apart."""
+        return self.load(index)[1]
+
     def inspect(self, index: int) -> Finding:
         """What `check_dataset` has to know of pair `index`."""
         return Finding()
@@ -81,6 +85,10 @@ class FileDataset(Dataset):
         mask = self.read_mask(mask_path)
         same_size(image_path, image.shape[1::-1], mask_path, mask.shape[::-1])
         return image, mask
+
+    def load_mask(self, index: int) -> np.ndarray | None:
+        path = self.pairs[index].mask
+        return None if path is None else self.read_mask(path)
 
     def inspect(self, index: int) -> Finding:
         _, image_path, mask_path = self.pairs[index]

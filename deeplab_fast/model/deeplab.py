@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..errors import UserError
 from .aspp import ASPP
+from .auxiliary import AuxiliaryHead
 from .decoder import Decoder
 from .layers import resize
 from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
@@ -23,12 +24,13 @@ BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS)
 class DeepLab(nn.Module):
     """backbone -> aspp (-> decoder) -> classifier; made by `build_model`.
 
-    `decoder` is None for DeepLabv3; `num_classes`, `output_stride`, `align_corners`: what it was built with.
+    `decoder` is None for DeepLabv3, `auxiliary` where there is no auxiliary head; `num_classes`, `output_stride`,
+    `align_corners`: what it was built with.
     """
 
     def __init__(
         self, backbone: nn.Module, aspp: ASPP, decoder: Decoder | None, classifier: nn.Conv2d, *,
-        output_stride: int, align_corners: bool, pixels: str = "imagenet",
+        output_stride: int, align_corners: bool, pixels: str = "imagenet", auxiliary: AuxiliaryHead | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.pixels = None if pixels == "imagenet" else Pixels(pixels)
@@ -36,22 +38,32 @@ class DeepLab(nn.Module):
         self.aspp = aspp
         self.decoder = decoder
         self.classifier = classifier
+        self.auxiliary = auxiliary
         self.num_classes = classifier.out_channels
         self.output_stride = output_stride
         self.align_corners = align_corners
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x (N, 3, H, W) -> logits (N, K, h, w), h = ceil(H / S), S = 4 with a decoder, else the output one.
 
+        In training mode with an auxiliary head, these and its logits (N, K, h', w'); in eval mode it does not run.
         Training plain batch norm on a single value per channel raises UserError.
         """
         if self.training:
             self._check_batch(x)
-        low_level, x = self.backbone(x if self.pixels is None else self.pixels(x))
+        if self.pixels is not None:
+            x = self.pixels(x)
+        auxiliary = None
+        if self.training and self.auxiliary is not None:
+            low_level, middle, x = self.backbone(x, auxiliary=True)
+            auxiliary = self.auxiliary(middle)
+        else:
+            low_level, x = self.backbone(x)
         x = self.aspp(x)
         if self.decoder is not None:
             x = self.decoder(x, low_level)
-        return self.classifier(x)
+        logits = self.classifier(x)
+        return logits if auxiliary is None else (logits, auxiliary)
 
     def predict_logits(self, x: Tensor) -> Tensor:
         """x (N, 3, H, W) -> logits fp32 (N, K, H, W), under autocast too: upsampled in half precision, logits tie."""
@@ -89,11 +101,15 @@ def build_model(
     decoder_channels: int = 256,
     refinements: int = 2,
     dropout: float = 0.1,
+    decoder_dropout: tuple[float, ...] = (),
     align_corners: bool = False,
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch",
     activation: Literal["relu", "leaky_relu"] = "relu",
     aspp_activation: bool = True,
     pixels: Literal["imagenet", "symmetric", "bgr_unit"] = "imagenet",
+    norm_momentum: float = 0.1,
+    head_norm_momentum: float = 0.1,
+    auxiliary: bool = False,
 ) -> DeepLab:
     """A DeepLab with random weights from torch's global random state; keywords as in `ModelConfig`.
 
@@ -109,11 +125,14 @@ def build_model(
         is always the latter: its blocks have their stride in the last convolution.
     atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
     separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
+    decoder_dropout: one probability for each refinement, or none.
     norm: see `make_norm`; "group" comes with weight standardisation.
     activation: after every norm of a ResNet and of the head; "leaky_relu" has InPlaceABN's slope of 0.01. The sum of a
         residual block is followed by ReLU all the same.
     aspp_activation: False leaves it out in ASPP.
     pixels: what the backbone is given, see `Pixels`; the model's input is the same for all.
+    norm_momentum, head_norm_momentum: share of a batch in the running statistics, in the backbone and elsewhere.
+    auxiliary: an `AuxiliaryHead` on the backbone's third stage; its logits are returned in training mode only.
 
     The backbone is initialised as torchvision's (Kaiming normal, fan out), the head with Kaiming normal, fan
     in, and the classifier with a standard deviation of 0.01 and zero bias. A bad value raises UserError.
@@ -141,6 +160,15 @@ def build_model(
         _check_at_least_one(atrous_rates=rate)
     if not 0 <= dropout < 1:
         raise UserError(f"dropout is {dropout}: expected a probability in [0, 1)")
+    if decoder_dropout and name == "deeplabv3":
+        raise UserError(f"decoder_dropout is {decoder_dropout}: deeplabv3 has no decoder, expected ()")
+    if decoder_dropout and (len(decoder_dropout) != refinements or not all(0 <= p < 1 for p in decoder_dropout)):
+        raise UserError(
+            f"decoder_dropout is {decoder_dropout}: expected {refinements} probabilities in [0, 1), or none"
+        )
+    for momentum in (norm_momentum, head_norm_momentum):
+        if not 0 < momentum <= 1:
+            raise UserError(f"norm_momentum is {momentum}: expected a share in (0, 1]")
 
     features = _build_backbone(
         backbone, width_mult, beta_stem, norm, output_stride, tuple(multi_grid), first_block_dilation, activation
@@ -168,19 +196,29 @@ def build_model(
             refinements=refinements,
             align_corners=align_corners,
             activation=activation,
+            dropout=tuple(decoder_dropout),
             **conv,
         )
     classifier = nn.Conv2d(aspp_channels if decoder is None else decoder_channels, num_classes, 1)
+    head = None
+    if auxiliary:
+        if not hasattr(features, "auxiliary_channels"):
+            raise UserError(f"auxiliary is set: {backbone} has no features for it, expected a ResNet or mobilenet_v2")
+        head = AuxiliaryHead(norm, features.auxiliary_channels, num_classes)
     model = DeepLab(
-        features,
-        aspp,
-        decoder,
-        classifier,
+        *(features, aspp, decoder, classifier),
         output_stride=output_stride,
         align_corners=align_corners,
         pixels=pixels,
+        auxiliary=head,
     )
     _initialise(model)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.momentum = head_norm_momentum
+    for module in model.backbone.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.momentum = norm_momentum
     return model
 
 
@@ -245,10 +283,11 @@ def _build_backbone(
 def _initialise(model: DeepLab) -> None:
     """Norms keep torch's weight 1 and bias 0."""
     own = None if isinstance(model.backbone, TimmEncoder) else model.backbone
-    for part in (own, model.aspp, model.decoder):
+    for part in (own, model.aspp, model.decoder, model.auxiliary):
         mode = "fan_out" if part is model.backbone else "fan_in"
         for module in part.modules() if part is not None else ():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode=mode, nonlinearity="relu")
-    nn.init.normal_(model.classifier.weight, std=0.01)
-    nn.init.zeros_(model.classifier.bias)
+    for classifier in (model.classifier, *(() if model.auxiliary is None else (model.auxiliary.classifier,))):
+        nn.init.normal_(classifier.weight, std=0.01)
+        nn.init.zeros_(classifier.bias)

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from .layers import conv_norm_act, is_plain
 from .norm import make_conv, make_norm
+from .recompute import run_block
 
 # Expansion, channels, blocks, stride of the first block (MobileNetV2, table 2).
 STAGES = (
@@ -106,6 +107,8 @@ class InvertedResidual(nn.Module):
 class MobileNetV2(nn.Module):
     """x (N, 3, H, W) -> (features.3's output at stride 4, features.17's at `output_stride`).
 
+    With `auxiliary` features.13's stands between, the last at stride 16.
+
     Strides beyond `output_stride` become dilation; for `first_block_dilation` see `build_model`. last: with
     features.18. pad_first: see `InvertedResidual`; the first convolution then has no padding at all, as in
     VainF/DeepLabV3Plus-Pytorch, so that the maps are a pixel smaller for some sizes.
@@ -153,14 +156,18 @@ class MobileNetV2(nn.Module):
             blocks.append(conv_norm_relu6(norm, in_channels, out_channels, 1))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
+        self.recompute = False
+        self.auxiliary_channels = scaled(96, width_mult)
         self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, auxiliary: bool = False) -> tuple[Tensor, ...]:
         for i, block in enumerate(self.features):
-            x = block(x)
+            x = run_block(block, x, self.recompute)
             if i == 3:
                 low_level = x
-        return low_level, x
+            elif i == 13:
+                middle = x
+        return (low_level, middle, x) if auxiliary else (low_level, x)
 
 
 class MobileNetV2Zym1119(MobileNetV2):
@@ -185,4 +192,6 @@ class MobileNetV2Zym1119(MobileNetV2):
             blocks.append(InvertedResidual(norm, in_channels, out_channels, project=True, **options))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
+        self.recompute = False
+        self.auxiliary_channels = scaled(96, width_mult)
         self.out_channels = in_channels

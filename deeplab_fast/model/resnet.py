@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from .layers import conv_norm_act, is_plain
 from .norm import make_conv, make_norm
+from .recompute import run_stage
 
 
 class BasicBlock(nn.Module):
@@ -96,7 +97,7 @@ RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, in
 
 
 class ResNet(nn.Module):
-    """x (N, 3, H, W) -> (layer1's output at stride 4, layer4's at `output_stride`).
+    """x (N, 3, H, W) -> (layer1's output at stride 4, layer4's at `output_stride`), layer3's between with `auxiliary`.
 
     Strides beyond `output_stride` become dilation. `multi_grid` multiplies the dilation of layer4's blocks;
     `first_block_dilation` is "stage" or "previous" (see `build_model`).
@@ -132,10 +133,16 @@ class ResNet(nn.Module):
                 in_channels = width * block.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
         self.activation = activation
+        self.recompute = False
         self.low_level_channels = 64 * block.expansion
+        self.auxiliary_channels = 256 * block.expansion
         self.out_channels = in_channels
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, auxiliary: bool = False) -> tuple[Tensor, ...]:
         x = conv_norm_act(x, self.conv1, self.bn1, self.activation)
-        low_level = self.layer1(F.max_pool2d(x, 3, stride=2, padding=1))
-        return low_level, self.layer4(self.layer3(self.layer2(low_level)))
+        x = F.max_pool2d(x, 3, stride=2, padding=1)
+        low_level = run_stage(self.layer1, x, self.recompute)
+        x = run_stage(self.layer2, low_level, self.recompute)
+        middle = run_stage(self.layer3, x, self.recompute)
+        x = run_stage(self.layer4, middle, self.recompute)
+        return (low_level, middle, x) if auxiliary else (low_level, x)

@@ -72,12 +72,18 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
 
 
 def load_matching(model: DeepLab, state_dict: Mapping[str, Tensor]) -> list[str]:
-    """Load a DeepLab's state_dict, all but a classifier of another number of classes.
+    """Load a DeepLab's state_dict, all but classifiers of another number of classes.
 
-    Returns the names of the tensors that were left out. Every other difference raises UserError.
+    Returns the names of those that were left out; an auxiliary head that only one of the two has is, too. Every other
+    difference raises UserError.
     """
     own, state = model.state_dict(), dict(state_dict)
-    names = ("classifier.weight", "classifier.bias")
+    with_head = [any(k.startswith("auxiliary.") for k in keys) for keys in (own, state)]
+    if with_head == [False, True]:
+        state = {k: v for k, v in state.items() if not k.startswith("auxiliary.")}
+    elif with_head == [True, False]:
+        state |= {k: v for k, v in own.items() if k.startswith("auxiliary.")}
+    names = [f"{head}classifier.{item}" for head in ("", "auxiliary.") for item in ("weight", "bias")]
     other = [k for k in names if k in state and state[k].shape[1:] == own[k].shape[1:] and len(state[k]) != len(own[k])]
     _load(model, {k: own[k] if k in other else v for k, v in state.items()}, "the saved weights")
     return other
