@@ -143,13 +143,13 @@ def cityscapes_resnet101_coincheung() -> Config:
 
     Its README's 70.54 is no other model but a metric that counted predictions on ignored pixels. The code behind 80.12
     left the whole backbone without weight decay, and the last norm of each block and its shortcut's unsynchronised;
-    here convolutions decay and all norms are synchronised. Its activation is a leaky ReLU of slope 0.01, and images
-    smaller than the crop are enlarged; here it is ReLU, and they are padded with ignored pixels.
+    here convolutions decay and all norms are synchronised. There images smaller than the crop are enlarged; here they
+    are padded with ignored pixels.
     """
     return Config(
         data=DataConfig(name="cityscapes"),
         augment=AugmentConfig(crop_size=(768, 768), scale_sampling="step", jitter=0.5),
-        model=ModelConfig(backbone="resnet101", image_pooling=False, dropout=0.0, **_ORDINARY),
+        model=ModelConfig(backbone="resnet101", image_pooling=False, dropout=0.0, activation="leaky_relu", **_ORDINARY),
         optim=OptimConfig(
             batch_size=8,
             steps=41_000,
