@@ -2,16 +2,21 @@
 
 `compile_launches(90, lambda: kernel_module.launcher(...))` runs the launcher on CPU tensors; each kernel that it
 launches is compiled for sm_90 with the constants, the options and the alignments of that launch, and nothing runs.
+
+DEEPLAB_FAST_COMPILED_LOG=FILE appends a line of JSON for each kernel; `python -m tests.ahead_of_time FILE...` renders
+such files as tests/ahead_of_time.md, the record of what was compiled with which Triton.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -115,7 +120,41 @@ def _compiled(
         built = triton.compile(src, target=target, options=opts)
         registers, stack = _resources(built.asm["cubin"])
         _cache[key] = Compiled(built.metadata.name, built.asm["ptx"], registers, stack, built.metadata.shared)
+        _log(chip, dict(signature), _cache[key])
     return _cache[key]
+
+
+def _log(chip: int, signature: dict[str, str], kernel: Compiled) -> None:
+    import triton
+
+    if path := os.environ.get("DEEPLAB_FAST_COMPILED_LOG"):
+        line = {"triton": triton.__version__, "chip": chip, **kernel._asdict()}
+        del line["ptx"]
+        line["dtype"] = next((kind[1:] for kind in signature.values() if kind.startswith("*")), "")
+        with open(path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def render(paths: list[str]) -> str:
+    """A table for each Triton, of the most that any launch of a kernel takes."""
+    lines = [json.loads(line) for path in paths for line in Path(path).read_text().splitlines()]
+    text = ["# Triton kernels, compiled ahead of time", ""]
+    text += ["Registers of a thread / bytes of stack / KB of shared memory of a block: the most of all launches that"]
+    text += ["the tests compile. Written by `python -m tests.ahead_of_time`.", ""]
+    for version in sorted({line["triton"] for line in lines}):
+        text += [f"## Triton {version}", "", "| kernel | dtype | launches |" + "".join(f" sm_{c} |" for c in CHIPS)]
+        text += ["|---|---|---|" + "---|" * len(CHIPS)]
+        own = [line for line in lines if line["triton"] == version]
+        for name, dtype in sorted({(line["name"], line["dtype"]) for line in own}):
+            same = [line for line in own if (line["name"], line["dtype"]) == (name, dtype)]
+            cells = []
+            for chip in CHIPS:
+                here = [line for line in same if line["chip"] == chip]
+                most = [max(line[key] for line in here) for key in ("registers", "stack", "shared")] if here else None
+                cells.append(f"{most[0]} / {most[1]} / {most[2] / 1024:.0f}" if most else "")
+            text.append(f"| `{name}` | {dtype} | {len(same)} | " + " | ".join(cells) + " |")
+        text.append("")
+    return "\n".join(text)
 
 
 @functools.cache
@@ -140,3 +179,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     registers = max(int(n) for n in re.findall(r"REG:(\d+)", text))
     stack = max(int(a) + int(b) for a, b in re.findall(r"STACK:(\d+) .*?LOCAL:(\d+)", text))
     return registers, stack
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(render(sys.argv[1:]))

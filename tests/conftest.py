@@ -22,17 +22,24 @@ def pytest_configure() -> None:
     torch.backends.cudnn.allow_tf32 = False  # on a GPU a reference in fp32 would else convolve in less
 
 
-def backend_summary(reasons: list[str]) -> str:
-    """How many of the skipped tests were backend cases, by reason; empty where none was."""
-    counts = Counter(r.partition(SKIPPED_BACKEND)[2].strip() for r in reasons if SKIPPED_BACKEND in r)
-    listed = "; ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-    return f"{counts.total()} backend cases skipped ({listed})" if counts else ""
+def backend_summary(skipped: list[tuple[str, str]]) -> str:
+    """Of skipped tests, (file, reason): how many were backend cases, by reason, and which ops that were; or empty."""
+    cases = [
+        (path, reason.partition(SKIPPED_BACKEND)[2].strip()) for path, reason in skipped if SKIPPED_BACKEND in reason
+    ]
+    if not cases:
+        return ""
+    lines = [f"{len(cases)} backend cases skipped"]
+    for reason, count in sorted(Counter(reason for _, reason in cases).items()):
+        ops = sorted({Path(path).stem.removeprefix("test_") for path, why in cases if why == reason})
+        lines.append(f"  {count} {reason}: {', '.join(ops)}")
+    return "\n".join(lines)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
-    if line := backend_summary([report.longrepr[2] for report in skipped]):
-        terminalreporter.write_line(line)
+    if text := backend_summary([(report.nodeid.partition("::")[0], report.longrepr[2]) for report in skipped]):
+        terminalreporter.write_line(text)
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,8 @@ import torch
 from benchmarks import camvid, ratios, report
 from deeplab_fast import device
 from deeplab_fast.ops import native
+from deeplab_fast.testing import SKIPPED_BACKEND
+from tests.conftest import backend_summary
 
 pytest.importorskip("pytest_benchmark")
 CPU = torch.device("cpu")
@@ -167,3 +169,18 @@ def test_every_benchmark_fails_on_a_wrong_result():
     )
     summary = result.stdout.splitlines()[-1]
     assert re.search(r"[1-9]\d* failed", summary) and "passed" not in summary, result.stdout[-4000:]
+
+
+def test_the_summary_names_what_was_not_tested():
+    skipped = [
+        ("tests/ops/test_b.py", f"Skipped: {SKIPPED_BACKEND} cuda: no device"),
+        ("tests/ops/test_a.py", f"Skipped: {SKIPPED_BACKEND} cuda: no device"),
+        ("tests/ops/test_a.py", f"Skipped: {SKIPPED_BACKEND} cpu: not built"),
+        ("tests/test_c.py", "Skipped: no git"),
+    ]
+    assert backend_summary(skipped).splitlines() == [
+        "3 backend cases skipped",
+        "  1 cpu: not built: a",
+        "  2 cuda: no device: a, b",
+    ]
+    assert backend_summary(skipped[3:]) == ""

@@ -1,8 +1,8 @@
-// Depthwise convolution over channels-last memory, with the affine and the activation that follow it, for one
-// or several dilations, or with the statistics of its result.
+// Depthwise convolution over channels-last memory, with the affine and the activation that follow it, or
+// with the statistics of its result.
 //
 // The work is a list of short pieces of output rows: image by image, block of channels by block of channels,
-// rate by rate, chain of columns by chain of columns, and down each of these in chains of rows. A chain is
+// chain of columns by chain of columns, and down each of these in chains of rows. A chain is
 // what is `dilation` apart, so that two of the three pieces of input rows that an output needs were read for
 // the one above it and still are in the second-level cache: whole rows would not be, because pixels that are
 // a power of two apart share its sets. Each thread takes an equal part of the list.
@@ -34,41 +34,40 @@ struct Plan {
     int64_t pairs = 0;  // of vectors of channels
     int64_t block = 0;  // of which so many are done at once
     int64_t blocks = 0;
-    int64_t pieces = 0;             // of output rows, of all rates, in a block of one image
+    int64_t pieces = 0;             // of output rows in a block of one image
     int64_t packed_pair = 0;        // floats: the taps of a pair and its shift
-    const float* packed = nullptr;  // (rates, pairs, kernel * kernel + 1, kPair)
+    const float* packed = nullptr;  // (pairs, kernel * kernel + 1, kPair)
     float low = 0.0f, high = 0.0f;  // bounds of the activation
     bool past_cache = false;        // whether results are written around the cache
 };
 
 template <class T>
-void pack(const DepthwiseArgs& args, const DepthwiseRate& rate, float* packed) {
+void pack(const DepthwiseArgs& args, float* packed) {
     const int64_t taps = args.kernel * args.kernel;
-    const T* weight = static_cast<const T*>(rate.weight);
+    const T* weight = static_cast<const T*>(args.weight);
     for (int64_t c = 0; c < ceil_div(args.channels, kPair) * kPair; ++c) {
         float* to = packed + c / kPair * (taps + 1) * kPair + packed_place<T>(static_cast<int>(c % kPair));
         const bool real = c < args.channels;
-        const float scale = real && rate.scale != nullptr ? rate.scale[c] : 1.0f;
+        const float scale = real && args.scale != nullptr ? args.scale[c] : 1.0f;
         for (int64_t tap = 0; tap < taps; ++tap)
             to[tap * kPair] = real ? scale * to_float(weight[c * taps + tap]) : 0.0f;
-        to[taps * kPair] = real && rate.shift != nullptr ? rate.shift[c] : 0.0f;
+        to[taps * kPair] = real && args.shift != nullptr ? args.shift[c] : 0.0f;
     }
 }
 
 // Any kernel, stride and dilation; chain.row[0] is the image, chain.y output `first` of the row.
 template <class T, bool kTail, bool kMoments>
-void convolve_any(const Plan& plan, const DepthwiseRate& rate, const Chain<T>& chain, int64_t out_row,
-                  int64_t first) {
+void convolve_any(const Plan& plan, const Chain<T>& chain, int64_t out_row, int64_t first) {
     const DepthwiseArgs& args = plan.args;
     const int64_t radius = args.kernel / 2;
     Output<T, kTail, kMoments> output(chain);
     for (int64_t j = 0; j < chain.count; ++j) {
         Pair sum = output.shift;
         for (int64_t k = 0; k < args.kernel; ++k) {
-            const int64_t row = out_row * args.stride + (k - radius) * rate.dilation;
+            const int64_t row = out_row * args.stride + (k - radius) * args.dilation;
             if (row < 0 || row >= args.height) continue;
             for (int64_t l = 0; l < args.kernel; ++l) {
-                const int64_t column = (first + j) * args.stride + (l - radius) * rate.dilation;
+                const int64_t column = (first + j) * args.stride + (l - radius) * args.dilation;
                 if (column < 0 || column >= args.width) continue;
                 const Pair x = output.read(chain.row[0] + (row * args.width + column) * args.channels);
                 sum = fma(load_packed(chain.weight + (k * args.kernel + l) * kPair), x, sum);
@@ -86,26 +85,24 @@ void convolve_three(const Chain<T>& chain, int rows) {
     convolve_chain<T, 1, kStride, kTail, kMoments>(chain);
 }
 
-// A piece of an output row: the columns first, first + d, ... of one chain, d the step of the rate's chains.
+// A piece of an output row: the columns first, first + d, ... of one chain, d the step of the chains.
 struct Piece {
-    int64_t image, block, rate;
+    int64_t image, block;
     int64_t column_phase, first, count;
     int64_t row_phase, row;
 };
 
 bool has_chains(const DepthwiseArgs& args) { return args.kernel == 3 && args.stride <= 2; }
-int64_t chain_step(const Plan& plan, int64_t rate) {
-    return has_chains(plan.args) ? plan.args.rate[rate].dilation : 1;
-}
+int64_t chain_step(const DepthwiseArgs& args) { return has_chains(args) ? args.dilation : 1; }
 
 void set_count(const Plan& plan, Piece* piece) {
-    const int64_t step = chain_step(plan, piece->rate);
+    const int64_t step = chain_step(plan.args);
     piece->count = least(kChain, ceil_div(plan.out_width - piece->first, step));
 }
 
 // The piece after this one; false at the end of an image's block of channels.
 bool advance(const Plan& plan, Piece* piece) {
-    const int64_t step = chain_step(plan, piece->rate);
+    const int64_t step = chain_step(plan.args);
     piece->row += step;
     if (piece->row < plan.out_height) return true;
     piece->row = ++piece->row_phase;
@@ -116,7 +113,7 @@ bool advance(const Plan& plan, Piece* piece) {
         piece->first = ++piece->column_phase;
         if (piece->column_phase >= least(step, plan.out_width)) {
             piece->first = piece->column_phase = 0;
-            if (++piece->rate == plan.args.rates) return false;
+            return false;
         }
     }
     set_count(plan, piece);
@@ -131,7 +128,7 @@ void each_pair(const Plan& plan, const Piece& piece, Chain<T> chain, int rows, i
     const int64_t taps = args.kernel * args.kernel;
     const int64_t begin = piece.block * plan.block, end = least(begin + plan.block, plan.pairs);
     for (int64_t pair = begin; pair < end; ++pair) {
-        const float* packed = plan.packed + (piece.rate * plan.pairs + pair) * plan.packed_pair;
+        const float* packed = plan.packed + pair * plan.packed_pair;
         chain.weight = packed + first_row_of_taps * args.kernel * kPair;
         chain.shift = packed + taps * kPair;
         chain.channels = static_cast<int>(least(args.channels - pair * kPair, kPair));
@@ -149,25 +146,24 @@ void each_pair(const Plan& plan, const Piece& piece, Chain<T> chain, int rows, i
 template <class T, bool kMoments>
 void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments) {
     const DepthwiseArgs& args = plan.args;
-    const DepthwiseRate& rate = args.rate[piece.rate];
-    const int64_t dilation = rate.dilation, stride = args.stride;
+    const int64_t dilation = args.dilation, stride = args.stride;
     const int64_t pixels = piece.image * args.height * args.width;
     const int64_t offset = piece.block * plan.block * kPair;
     const T* image = static_cast<const T*>(args.x) + pixels * args.channels + offset;
     const int64_t out_pixel = (piece.image * plan.out_height + piece.row) * plan.out_width + piece.first;
     Chain<T> chain = {};
-    chain.y = static_cast<T*>(rate.y) + out_pixel * args.channels + offset;
-    chain.step = chain_step(plan, piece.rate) * args.channels;
+    chain.y = static_cast<T*>(args.y) + out_pixel * args.channels + offset;
+    chain.step = chain_step(args) * args.channels;
     chain.count = piece.count;
     chain.low = plan.low;
     chain.high = plan.high;
     chain.moments = moments;
-    chain.past_cache = plan.past_cache && reinterpret_cast<uintptr_t>(rate.y) % 64 == 0;
+    chain.past_cache = plan.past_cache && reinterpret_cast<uintptr_t>(args.y) % 64 == 0;
     if (!has_chains(args)) {
         chain.row[0] = image;
         each_pair(plan, piece, chain, 1, 0, [&](const Chain<T>& of_pair, bool tail) {
-            tail ? convolve_any<T, true, kMoments>(plan, rate, of_pair, piece.row, piece.first)
-                 : convolve_any<T, false, kMoments>(plan, rate, of_pair, piece.row, piece.first);
+            tail ? convolve_any<T, true, kMoments>(plan, of_pair, piece.row, piece.first)
+                 : convolve_any<T, false, kMoments>(plan, of_pair, piece.row, piece.first);
         });
         return;
     }
@@ -198,7 +194,7 @@ void begin_run(const Plan& plan, const Piece& piece, const Moments& run) {
     single.count = 1;
     convolve_piece<T, false>(cached, single, {});
     const int64_t pixel = (piece.image * plan.out_height + piece.row) * plan.out_width + piece.first;
-    const T* y = static_cast<const T*>(plan.args.rate[piece.rate].y) + pixel * plan.args.channels;
+    const T* y = static_cast<const T*>(plan.args.y) + pixel * plan.args.channels;
     const int64_t begin = piece.block * plan.block, end = least(begin + plan.block, plan.pairs);
     for (int64_t pair = begin; pair < end; ++pair) {
         const int channels = static_cast<int>(least(plan.args.channels - pair * kPair, kPair));
@@ -216,7 +212,7 @@ void convolve(const Plan& plan, int64_t begin, int64_t end, const Team& team) {
     for (int64_t unit = begin / in_block * in_block; unit < end; unit += in_block) {
         const int64_t index = unit / in_block;
         const int64_t from = begin > unit ? begin - unit : 0, to = least(end - unit, in_block);
-        Piece piece = {index / plan.blocks, index % plan.blocks, 0, 0, 0, 0, 0, 0};
+        Piece piece = {index / plan.blocks, index % plan.blocks, 0, 0, 0, 0, 0};
         set_count(plan, &piece);
         for (int64_t i = 0; i < from; ++i) advance(plan, &piece);
         const int64_t offset = piece.block * plan.block * kPair;
@@ -251,22 +247,19 @@ bool run(Plan plan, int threads) {
     plan.block = ceil_div(plan.pairs, plan.blocks);
     plan.blocks = ceil_div(plan.pairs, plan.block);
     plan.packed_pair = (args.kernel * args.kernel + 1) * kPair;
-    for (int rate = 0; rate < args.rates; ++rate) {
-        const int64_t step = chain_step(plan, rate), longer = plan.out_width % step;
-        const int64_t chains =
-            longer * ceil_div(plan.out_width / step + 1, kChain) +
-            (least(step, plan.out_width) - longer) * ceil_div(plan.out_width / step, kChain);
-        plan.pieces += chains * plan.out_height;
-    }
+    const int64_t step = chain_step(args), longer = plan.out_width % step;
+    const int64_t chains = longer * ceil_div(plan.out_width / step + 1, kChain) +
+                           (least(step, plan.out_width) - longer) * ceil_div(plan.out_width / step, kChain);
+    plan.pieces = chains * plan.out_height;
 
     const int64_t units = args.batch * plan.blocks * plan.pieces;
-    const int64_t outputs = args.batch * args.rates * plan.out_height * plan.out_width * args.channels;
+    const int64_t outputs = args.batch * plan.out_height * plan.out_width * args.channels;
     plan.past_cache = outputs * static_cast<int64_t>(sizeof(T)) > kLargeResult &&
                       args.channels * static_cast<int64_t>(sizeof(T)) % 64 == 0;
     const int64_t most = least(units, outputs / kOutputsPerThread + 1);
     const int teams = static_cast<int>(least(threads, most < 1 ? 1 : most));
 
-    const int64_t packed = plan.packed_pair * plan.pairs * args.rates;
+    const int64_t packed = plan.packed_pair * plan.pairs;
     const int64_t padded = plan.pairs * kPair;
     const int64_t floats = packed + (moments ? teams * 5 * padded : 0);
     float* memory = static_cast<float*>(std::malloc(static_cast<size_t>(floats) * sizeof(float) + 64));
@@ -277,8 +270,7 @@ bool run(Plan plan, int threads) {
     if (enough) {
         float* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
         plan.packed = aligned;
-        for (int rate = 0; rate < args.rates; ++rate)
-            pack<T>(args, args.rate[rate], aligned + rate * plan.packed_pair * plan.pairs);
+        pack<T>(args, aligned);
         for (int t = 0; moments && t < teams; ++t) {
             float* from = aligned + packed + t * 5 * padded;
             team[t] = {from,

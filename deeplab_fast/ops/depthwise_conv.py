@@ -5,8 +5,9 @@
 depthwise_conv is that, depthwise_conv_rates is that for several dilations of one x, and
 depthwise_conv_statistics is conv(x, weight) with its mean and variance, for the batch norm of training.
 Where x and y are T bytes each, eager reads and writes 6 T for convolution, batch norm and activation, 18 T for
-three rates, and 3 T for convolution and statistics; here it is 2 T, 4 T and 2 T. Above a dilation of 6 oneDNN
-multiplies dense 16 x 16 blocks of zeros; here taps outside the image are not computed at all.
+three rates, and 3 T for convolution and statistics; here it is 2 T, 4 T (6 T on a CPU, where arithmetic binds) and
+2 T. Above a dilation of 6 oneDNN multiplies dense 16 x 16 blocks of zeros; here taps outside the image are not
+computed at all.
 Source: Chen, Papandreou, Schroff, Adam, "Rethinking Atrous Convolution for Semantic Image Segmentation", 2017.
 """
 
@@ -216,36 +217,28 @@ def _empty(x: Tensor, stride: int = 1) -> Tensor:
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _launch(
+def _native(
     x: Tensor,
-    rates: Sequence[tuple[Tensor, Tensor | None, Tensor | None, int]],
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     stride: int,
+    dilation: int,
     activation: str,
     statistics: tuple[Tensor, Tensor] | None = None,
-) -> list[Tensor]:
-    """rates: weight, scale, shift and dilation of each result."""
-    x = native.channels_last(x)
-    results, pointers, kept = [], [], []
-    for weight, scale, shift, dilation in rates:
-        vectors = [None if v is None else v.contiguous() for v in (scale, shift)]
-        kept += [weight.contiguous(), *vectors]
-        results.append(_empty(x, stride))
-        addresses = (0 if v is None else v.data_ptr() for v in vectors)
-        pointers.append((results[-1].data_ptr(), kept[-3].data_ptr(), *addresses, dilation))
+) -> Tensor:
+    x, weight = native.channels_last(x), weight.contiguous()
+    vectors = [None if v is None else v.contiguous() for v in (scale, shift)]
+    y = _empty(x, stride)
     n, c, h, w = x.shape
     native.kernels().depthwise_conv_cpu(
-        *(x.data_ptr(), native.FLOAT_DTYPES.index(x.dtype), n, h, w, c),
-        *(rates[0][0].shape[-1], stride, native.ACTIVATIONS.index(activation), pointers),
+        *(x.data_ptr(), y.data_ptr(), weight.data_ptr(), *(0 if v is None else v.data_ptr() for v in vectors)),
+        *(native.FLOAT_DTYPES.index(x.dtype), n, h, w, c),
+        *(weight.shape[-1], stride, dilation, native.ACTIVATIONS.index(activation)),
         *((m.data_ptr() for m in statistics) if statistics else (0, 0)),
         torch.get_num_threads(),
     )
-    return results
-
-
-def _native(
-    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int, activation: str
-) -> Tensor:
-    return _launch(x, [(weight, scale, shift, dilation)], stride, activation)[0]
+    return y
 
 
 def _native_rates(
@@ -256,13 +249,15 @@ def _native_rates(
     dilations: Sequence[int],
     activation: str,
 ) -> list[Tensor]:
-    return _launch(x, list(zip(weights, scales, shifts, dilations, strict=True)), 1, activation)
+    """One after the other: arithmetic binds, so that a kernel that read x once for all was no faster."""
+    x = native.channels_last(x)
+    rates = zip(weights, scales, shifts, dilations, strict=True)
+    return [_native(x, weight, scale, shift, 1, dilation, activation) for weight, scale, shift, dilation in rates]
 
 
 def _native_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
     mean, variance = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
-    (y,) = _launch(x, [(weight, None, None, dilation)], stride, "none", (mean, variance))
-    return y, mean, variance
+    return _native(x, weight, None, None, stride, dilation, "none", (mean, variance)), mean, variance
 
 
 def _triton(x: Tensor, *rest: Any) -> Tensor:
@@ -300,7 +295,7 @@ BACKENDS = {
     "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
     "reference": dispatch.Backend(depthwise_conv_reference, dispatch.always, measured=("cpu", "cuda")),
 }
-# Three rates of that: 1.01 (fp32) and .75 (bf16) times as fast as three calls of depthwise_conv.
+# Three rates of that are three calls of it: a kernel that read x once was 1.01 (fp32) and .75 (bf16) times as fast.
 RATES_BACKENDS = {
     "native": dispatch.Backend(_native_rates, _native_rates_why_not, measured=("cpu",)),
     "triton": dispatch.Backend(_triton_rates, _triton_rates_why_not, measured=()),
