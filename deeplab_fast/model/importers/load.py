@@ -50,6 +50,10 @@ def load_weights(
     """
     state = read_state_dict(path)
     layout = find_layout(state)
+    if layout is None and "aspp.branches.0.conv.weight" in state:
+        raise UserError(
+            f"{path} is a checkpoint of this project: evaluate, predict and train --weights take it as it is"
+        )
     if layout is None:
         raise UserError(f"{path}: no project's layout that is known; its tensors begin with {some_of(sorted(state))}")
     try:
