@@ -165,7 +165,7 @@ class MobileNetV2(nn.Module):
             x = run_block(block, x, self.recompute)
             if i == 3:
                 low_level = x
-            elif i == 13:
+            elif i == 13 and auxiliary:  # else it would stay in memory to the end
                 middle = x
         return (low_level, middle, x) if auxiliary else (low_level, x)
 

@@ -143,6 +143,7 @@ class ResNet(nn.Module):
         x = F.max_pool2d(x, 3, stride=2, padding=1)
         low_level = run_stage(self.layer1, x, self.recompute)
         x = run_stage(self.layer2, low_level, self.recompute)
-        middle = run_stage(self.layer3, x, self.recompute)
-        x = run_stage(self.layer4, middle, self.recompute)
+        x = run_stage(self.layer3, x, self.recompute)
+        middle = x if auxiliary else None  # else it would stay in memory to the end
+        x = run_stage(self.layer4, x, self.recompute)
         return (low_level, middle, x) if auxiliary else (low_level, x)
