@@ -73,6 +73,18 @@ def compile_launches(chip: int, run: Callable[[], Any]) -> list[Compiled]:
     return found
 
 
+def check_passes(found: list[Compiled], chip: int) -> None:
+    """Of batch norm: no spills or atomics; 16 bytes a load, and a store of activations; offsets of 64 bits."""
+    for kernel in found:
+        assert kernel.stack == 0, f"{kernel.name} spills {kernel.stack} bytes on sm_{chip}"
+        assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+        assert "ld.global.v4" in kernel.ptx or "cp.async.cg" in kernel.ptx, kernel.name
+        if kernel.name in ("_forward", "_gradient"):
+            assert "st.global.v4" in kernel.ptx and "st.global.b" not in kernel.ptx
+        if kernel.name not in ("_merge", "_add"):
+            assert "mul.lo.s64" in kernel.ptx
+
+
 def _compile(chip: int, kernel: Any, arguments: tuple[Any, ...], constants: dict[str, Any]) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

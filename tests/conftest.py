@@ -9,12 +9,14 @@ import importlib.util
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from deeplab_fast.ops import native
 from deeplab_fast.testing import SKIPPED_BACKEND
 
 
@@ -40,6 +42,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     skipped = terminalreporter.stats.get("skipped", [])
     if text := backend_summary([(report.nodeid.partition("::")[0], report.longrepr[2]) for report in skipped]):
         terminalreporter.write_line(text)
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU kernels of each instruction set that this processor has, in turn."""
+    module = native.load()
+    if module is None:
+        pytest.skip(native.NOT_BUILT)
+    if request.param not in module.instruction_sets():
+        pytest.skip(f"this processor or this build has no {request.param}")
+    before = module.instruction_set()
+    module.use_instruction_set(request.param)
+    yield request.param
+    module.use_instruction_set(before)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
+from . import gpu, native
+from .precision import autocast_dtype
 
 LIBRARY = torch.library.Library("deeplab_fast", "FRAGMENT")
 VARIABLE = "DEEPLAB_FAST_BACKEND"
@@ -130,9 +132,9 @@ def has_kernel(name: str, x: Tensor) -> bool:
     By device and dtype alone: a shape that the kernel declines goes to the op's reference. Layers whose dtype no kernel
     takes are torch's own, whatever DEEPLAB_FAST_BACKEND names.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return dtype in (torch.float32, torch.bfloat16) and _has_kernel(name, str(x.device), dtype)
+    dtype = autocast_dtype(x.device, x.dtype)
+    taken = gpu.FLOAT_DTYPES if x.device.type == "cuda" else native.FLOAT_DTYPES
+    return dtype in taken and _has_kernel(name, str(x.device), dtype)
 
 
 def _has_kernel(name: str, device: str, dtype: torch.dtype) -> bool:

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import pytest
@@ -17,7 +17,6 @@ from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compile
 
 OP = "depthwise_conv_backward"
 CALL = torch.ops.deeplab_fast.depthwise_conv_backward.default
-SETS = ("avx512", "avx2", "portable")
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
 on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
 on_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -45,17 +44,6 @@ CASES = [
     ((1, 2048, 3, 3), 1, 6, 3),
     ((2, 304, 6, 5), 1, 1, 3),
 ]
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = native.load()
-    if module is None or request.param not in module.instruction_sets():
-        pytest.skip(f"there are no kernels for {request.param} here")
-    before = module.instruction_set()
-    module.use_instruction_set(request.param)
-    yield request.param
-    module.use_instruction_set(before)
 
 
 def make(

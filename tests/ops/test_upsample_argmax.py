@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -63,17 +62,6 @@ def assert_labels(labels: Tensor, logits: Tensor, size: tuple[int, int], align_c
     # fp32 has the position, and so the weights, to within the source's size in ulps.
     bound = 4 * EPSILON * max(logits.shape[2:]) * logits.double().abs().max().cpu() if differing.any() else 0.0
     assert (gap <= bound).all()
-
-
-@pytest.fixture(params=native.load().instruction_sets() if native.load() else ["none"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = native.load()
-    if module is None:
-        pytest.skip(native.NOT_BUILT)
-    before = module.instruction_set()
-    module.use_instruction_set(request.param)
-    yield request.param
-    module.use_instruction_set(before)
 
 
 @on_each_backend

@@ -204,18 +204,6 @@ def instruction_sets() -> list[str]:
     return module.instruction_sets() if module else []
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def instruction_set(request):
-    if request.param not in instruction_sets():
-        pytest.skip(f"there are no kernels for {request.param} here")
-    module = native.load()
-    before = module.instruction_set()
-    module.use_instruction_set(request.param)
-    assert module.instruction_set() == request.param
-    yield request.param
-    module.use_instruction_set(before)
-
-
 @on_each_dtype
 def test_every_instruction_set(instruction_set, dtype):
     for shape in SHAPES[:10]:

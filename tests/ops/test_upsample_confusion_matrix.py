@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -123,17 +121,6 @@ def test_any_strides(backend, device):
         check(view(logits), target, backend)
     for view in (lambda x: x[:, 3:, 5:61], lambda x: x.transpose(1, 2), lambda x: x[:1].expand_as(x)):
         check(logits, view(target), backend)
-
-
-@pytest.fixture(params=native.load().instruction_sets() if native.load() else ["none"])
-def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    module = native.load()
-    if module is None:
-        pytest.skip(native.NOT_BUILT)
-    before = module.instruction_set()
-    module.use_instruction_set(request.param)
-    yield request.param
-    module.use_instruction_set(before)
 
 
 @pytest.mark.parametrize("shape, size", SHAPES, ids=str)
