@@ -158,6 +158,14 @@ def test_no_time_for_a_loop_that_does_not_learn(turns):
         camvid.check({"plain": [2.0, 1.8, 1.5], "ours": turns})
 
 
+def test_readme_shows_the_recorded_steps_on_camvid():
+    record = json.loads((Path(camvid.__file__).parent / "results" / "camvid_steps.json").read_text())
+    camvid.check(record["loss_of_each_turn"])
+    readme = (Path(camvid.__file__).parent.parent / "README.md").read_text()
+    for seconds in record["seconds_a_step"].values():
+        assert f"takes {seconds:.2f} s" in readme or f"and {seconds:.2f} s" in readme
+
+
 @pytest.mark.skipif(native.load() is None, reason="deeplab_fast._C is not built")
 def test_every_benchmark_fails_on_a_wrong_result():
     """And passes on a right one, which is a stage of .ci/run."""
