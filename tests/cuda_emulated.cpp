@@ -28,8 +28,11 @@ constexpr int kDevice = 3;
 extern "C" {
 
 void configure(int shared_limit, int multiprocessors, int descending) {
-    emulator::settings = {shared_limit, multiprocessors, descending != 0};
+    emulator::settings = {shared_limit, multiprocessors, descending != 0, 0};
 }
+
+// Leaves out the blocks before this one, until the next `configure`.
+void begin_at(unsigned block) { emulator::settings.first_block = block; }
 
 // launches, blocks, threads, bytes of shared memory, stream, device at the launch, device afterwards
 void last_launch(int64_t* out) {
@@ -52,6 +55,44 @@ const char* confusion_matrix(const void* prediction, int prediction_type, const 
                                 counts,
                                 out_of_range};
     return reporting([&] { cuda::confusion_matrix(args, kDevice, stream); });
+}
+#elif ENTRY == 4
+namespace {
+// geometry: batch, height, width, channels, kernel, stride. tensors: weight, scale, shift and y of each rate.
+// statistics: mean, variance, counts, means, squares, or null
+DepthwiseCudaArgs depthwise_args(const void* x, int type, const int64_t* g, int activation, int rates,
+                                 void* const* tensors, const int64_t* dilations, float* const* statistics) {
+    DepthwiseCudaArgs args{};
+    args = {x, static_cast<DType>(type), g[0], g[1], g[2], g[3], g[4], g[5], static_cast<Activation>(activation), rates,
+            {}, nullptr, nullptr, nullptr, nullptr, nullptr};
+    for (int i = 0; i < rates; ++i, tensors += 4)
+        args.rate[i] = {tensors[0], static_cast<float*>(tensors[1]), static_cast<float*>(tensors[2]), tensors[3],
+                        dilations[i]};
+    if (statistics != nullptr) {
+        args.mean = statistics[0];
+        args.variance = statistics[1];
+        args.counts = statistics[2];
+        args.means = statistics[3];
+        args.squares = statistics[4];
+    }
+    return args;
+}
+}  // namespace
+
+const char* depthwise_conv(const void* x, int type, const int64_t* geometry, int activation, int rates,
+                           void* const* tensors, const int64_t* dilations, float* const* statistics, void* stream) {
+    const DepthwiseCudaArgs args =
+        depthwise_args(x, type, geometry, activation, rates, tensors, dilations, statistics);
+    return reporting([&] { cuda::depthwise_conv(args, kDevice, stream); });
+}
+// Parts of statistics; whether there are tiles, and then blocks, vectors, columns and rows of one.
+void planned(const void* x, int type, const int64_t* geometry, int rates, void* const* tensors,
+             const int64_t* dilations, int64_t* out) {
+    const DepthwiseCudaArgs args = depthwise_args(x, type, geometry, 0, rates, tensors, dilations, nullptr);
+    const DepthwisePlan plan = depthwise_plan(args, depthwise_places(args, kDevice));
+    const int64_t values[] = {cuda::depthwise_conv_parts(args, kDevice), plan.tiled,   plan.blocks,
+                              plan.vectors, plan.columns, plan.tiling[0].tile_rows};
+    std::memcpy(out, values, sizeof(values));
 }
 #else
 namespace {

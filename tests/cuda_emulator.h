@@ -2,11 +2,12 @@
 // block as fibers that change at barriers. tests/test_cuda_emulator.py compiles a .cu over it as C++.
 //
 // Emulated: grids and blocks in one dimension, dynamic shared memory (poisoned before each block, with guards on both
-// sides), __syncthreads, __syncthreads_or, __syncwarp, integer atomics, the intrinsics below. A barrier that some
-// threads never reach is an error. Threads run upwards or downwards between barriers, as `descending` says, so that most
-// missing barriers give a wrong result in one of the two.
-// Not emulated: warp shuffles and votes, static shared memory, asynchronous copies, matrix instructions, textures,
-// alignment faults, memory order. Nothing else of the runtime is there either: a launcher that allocated, copied or
+// sides), __syncthreads, __syncthreads_or, __syncwarp, integer atomics, asynchronous copies (__pipeline_...), the
+// intrinsics below. A barrier that some threads never reach is an error. Threads run upwards or downwards between
+// barriers, as `descending` says, so that most missing barriers give a wrong result in one of the two. Asynchronous
+// copies arrive as late as they may, at the thread's wait, or (descending) at once.
+// Not emulated: warp shuffles and votes, static shared memory, matrix instructions, textures, alignment faults but those
+// of asynchronous copies, memory order. Nothing else of the runtime is there either: a launcher that allocated, copied or
 // waited would not compile.
 #pragma once
 
@@ -27,6 +28,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static_assert(false, "shared memory is dynamic in these kernels")
 
@@ -35,6 +37,9 @@ struct Dim3 {
 };
 struct uint4 {
     uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
 };
 struct longlong2 {
     long long x, y;
@@ -49,6 +54,7 @@ constexpr int kWarp = 32;
 struct Settings {
     int shared_limit, multiprocessors;
     bool descending;
+    unsigned first_block;  // those before it are left out
 };
 struct Launch {
     unsigned blocks, threads;
@@ -57,14 +63,23 @@ struct Launch {
     int device;
 };
 
-inline Settings settings{227 << 10, 2, false};
+inline Settings settings{227 << 10, 2, false, 0};
 inline Launch last{};
 inline int launches = 0;
 inline int current_device = 7;
 inline size_t allowed = 48 << 10;
 
+struct Copy {
+    void* to;
+    const void* from;
+    size_t bytes;
+    int group;
+};
+
 struct Fiber {
     ucontext_t context;
+    std::vector<Copy> copies;  // on their way
+    int groups;                // committed
     std::vector<char> stack;
     enum { ready, at_block, at_warp, done } state;
 };
@@ -75,7 +90,7 @@ inline unsigned running = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<unsigned char> memory;
 inline int votes[2] = {0, 0};  // of this barrier of __syncthreads_or, and of the one before
-inline unsigned block_of_fiber = 0;
+inline const char* fault = nullptr;
 
 inline unsigned char* shared() { return memory.data() + kGuard; }
 
@@ -118,6 +133,8 @@ inline void start(unsigned threads) {
         fibers[i]->context.uc_link = nullptr;
         makecontext(&fibers[i]->context, run_fiber, 0);
         fibers[i]->state = Fiber::ready;
+        fibers[i]->copies.clear();
+        fibers[i]->groups = 0;
     }
 }
 
@@ -131,6 +148,7 @@ inline void run_block(unsigned threads) {
             running = i;
             threadIdx = {i, 0, 0};
             swapcontext(&scheduler, &fibers[i]->context);
+            if (fault != nullptr) throw std::runtime_error(fault);
             ran = true;
         }
         bool released = false;
@@ -154,9 +172,10 @@ inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream
     last = {blocks, threads, bytes, stream, current_device};
     ++launches;
     body = &kernel;
+    fault = nullptr;
     blockDim = {threads, 1, 1};
     gridDim = {blocks, 1, 1};
-    for (unsigned block = 0; block < blocks; ++block) {
+    for (unsigned block = settings.first_block; block < blocks; ++block) {
         memory.assign(bytes + 2 * kGuard, 0xff);  // NaN as a float, -1 as a number
         blockIdx = {block, 0, 0};
         run_block(threads);
@@ -177,6 +196,26 @@ inline int __syncthreads_or(int predicate) {
     __syncthreads();
     return emulator::votes[1];
 }
+inline void __pipeline_memcpy_async(void* to, const void* from, size_t bytes) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes != 0)
+        emulator::fault = "an asynchronous copy that is not aligned";
+    emulator::Fiber& fiber = *emulator::fibers[emulator::running];
+    if (emulator::settings.descending)
+        std::memcpy(to, from, bytes);
+    else
+        fiber.copies.push_back({to, from, bytes, fiber.groups});
+}
+inline void __pipeline_commit() { ++emulator::fibers[emulator::running]->groups; }
+inline void __pipeline_wait_prior(int left) {
+    emulator::Fiber& fiber = *emulator::fibers[emulator::running];
+    std::vector<emulator::Copy> still;
+    for (const emulator::Copy& copy : fiber.copies)
+        if (copy.group < fiber.groups - left)
+            std::memcpy(copy.to, copy.from, copy.bytes);
+        else
+            still.push_back(copy);
+    fiber.copies = still;
+}
 template <class T>
 T __ldg(const T* p) {
     return *p;
@@ -196,6 +235,7 @@ inline int __popc(uint32_t x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __uint_as_float(uint32_t bits) {
     float x;
     std::memcpy(&x, &bits, sizeof(x));
@@ -214,6 +254,31 @@ inline float __half2float(__half h) {
     _Float16 x;
     std::memcpy(&x, &h.bits, sizeof(x));
     return static_cast<float>(x);
+}
+
+// Pairs of 16 bits. max and min give a NaN where either is one.
+inline float max_or_nan(float a, float b) { return a != a || a > b ? a : b; }
+inline float min_or_nan(float a, float b) { return a != a || a < b ? a : b; }
+struct __half2 {
+    _Float16 x, y;
+};
+inline __half2 __floats2half2_rn(float x, float y) { return {static_cast<_Float16>(x), static_cast<_Float16>(y)}; }
+inline __half2 __hmax2_nan(__half2 a, __half2 b) { return __floats2half2_rn(max_or_nan(a.x, b.x), max_or_nan(a.y, b.y)); }
+inline __half2 __hmin2_nan(__half2 a, __half2 b) { return __floats2half2_rn(min_or_nan(a.x, b.x), min_or_nan(a.y, b.y)); }
+struct __nv_bfloat162 {
+    uint16_t x, y;
+};
+inline uint16_t bf16_bits(float x) {
+    const uint32_t bits = __float_as_uint(x);
+    return static_cast<uint16_t>(x != x ? 0x7fff : (bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline float of_bf16(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {bf16_bits(x), bf16_bits(y)}; }
+inline __nv_bfloat162 __hmax2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return __floats2bfloat162_rn(max_or_nan(of_bf16(a.x), of_bf16(b.x)), max_or_nan(of_bf16(a.y), of_bf16(b.y)));
+}
+inline __nv_bfloat162 __hmin2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return __floats2bfloat162_rn(min_or_nan(of_bf16(a.x), of_bf16(b.x)), min_or_nan(of_bf16(a.y), of_bf16(b.y)));
 }
 
 // --- the runtime's ---

@@ -23,7 +23,7 @@ from tests.ops.test_confusion_matrix import counted, label_map
 from tests.ops.test_upsample_argmax import EXACT, LAYOUTS, SHAPES, assert_labels, random_logits, smooth_logits
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {"confusion_matrix": 1, "upsample_argmax": 2, "upsample_confusion_matrix": 3}
+KERNELS = {"confusion_matrix": 1, "upsample_argmax": 2, "upsample_confusion_matrix": 3, "depthwise_conv": 4}
 STREAM = 0x5EED  # a handle that is passed through
 FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 
@@ -37,24 +37,28 @@ def rewritten(source: str) -> str:
     return re.sub(launch, r"emulator::launch(\2, [&] { \1(\3); });", source, flags=re.DOTALL)
 
 
+def emulate(folder: Path, name: str) -> ctypes.CDLL:
+    """The library of one kernel, compiled in `folder`."""
+    for header in ("cuda_runtime_api.h", "cuda_fp16.h", "cuda_bf16.h", "cuda_pipeline_primitives.h"):
+        (folder / header).write_text("// cuda_emulator.h has it\n")
+    for source in (*(ROOT / "csrc/cuda").glob("*.h"), ROOT / f"csrc/cuda/{name}.cu"):
+        (folder / source.name.replace(".cu", ".cpp")).write_text(rewritten(source.read_text()))
+    library = folder / f"{name}.so"
+    defines = (f'-DKERNEL="{name}.cpp"', f"-DENTRY={KERNELS[name]}")
+    include = (f"-I{folder}", f"-I{ROOT}/csrc/cuda", f"-I{ROOT}/tests")
+    command = ["g++", *FLAGS, *defines, *include, str(ROOT / "tests/cuda_emulated.cpp"), "-o", str(library)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr[:4000]
+    loaded = ctypes.CDLL(str(library))
+    getattr(loaded, name).restype = ctypes.c_char_p
+    return loaded
+
+
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """{name: library}, each with one kernel."""
+    """{name: library} of the kernels of label maps; test_cuda_emulator_depthwise.py has the others."""
     folder = tmp_path_factory.mktemp("emulated")
-    for header in ("cuda_runtime_api.h", "cuda_fp16.h"):
-        (folder / header).write_text("// cuda_emulator.h has it\n")
-    libraries = {}
-    for name, entry in KERNELS.items():
-        (folder / f"{name}.cpp").write_text(rewritten((ROOT / f"csrc/cuda/{name}.cu").read_text()))
-        library = folder / f"{name}.so"
-        defines = (f'-DKERNEL="{name}.cpp"', f"-DENTRY={entry}")
-        include = (f"-I{folder}", f"-I{ROOT}/csrc/cuda", f"-I{ROOT}/tests")
-        command = ["g++", *FLAGS, *defines, *include, str(ROOT / "tests/cuda_emulated.cpp"), "-o", str(library)]
-        built = subprocess.run(command, capture_output=True, text=True)
-        assert built.returncode == 0, built.stderr[:4000]
-        libraries[name] = ctypes.CDLL(str(library))
-        getattr(libraries[name], name).restype = ctypes.c_char_p
-    return libraries
+    return {name: emulate(folder, name) for name in KERNELS if name != "depthwise_conv"}
 
 
 def configure(library: ctypes.CDLL, *, limit: int = 227 << 10, multiprocessors: int = 2, descending: int = 0) -> None:

@@ -5,12 +5,16 @@
 #include "../confusion_matrix.h"
 #include "../upsample_argmax.h"
 #include "../upsample_confusion_matrix.h"
+#include "depthwise_plan.h"
 
 using CudaStream = void*;  // cudaStream_t
 
 namespace cuda {
 
 void confusion_matrix(const ConfusionArgs& args, int device, CudaStream stream);
+void depthwise_conv(const DepthwiseCudaArgs& args, int device, CudaStream stream);
+// Parts of the statistics for which `args` needs a place.
+int64_t depthwise_conv_parts(const DepthwiseCudaArgs& args, int device);
 void upsample_argmax(const UpsampleArgmaxArgs& args, int device, CudaStream stream);
 void upsample_confusion_matrix(const UpsampleConfusionArgs& args, int device, CudaStream stream);
 

@@ -13,8 +13,7 @@
 // nothing is skipped there, and values are compared as torch.argmax does.
 #pragma once
 
-#include <cuda_fp16.h>
-
+#include "floats.h"
 #include "label_plan.h"
 
 namespace {
@@ -52,18 +51,6 @@ struct TilePlace {
         source_x = static_cast<int>(plan.columns.tap(x).low);
     }
 };
-
-// bf16 and fp16 as the bits that are stored.
-struct Bf16 {
-    uint16_t bits;
-};
-struct Fp16 {
-    uint16_t bits;
-};
-
-__device__ float to_float(float x) { return x; }
-__device__ float to_float(Bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
-__device__ float to_float(Fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
 __device__ float read(const float* p) { return __ldg(p); }
 template <class T>

@@ -21,7 +21,12 @@ from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compile
 
 OP = "depthwise_conv"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
+# CUDA's own kernel is forward alone.
+on_each_gradient = pytest.mark.parametrize("backend, device", backends(f"{OP}_backward"))
 on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+on_each_half = pytest.mark.parametrize(
+    "backend, device", [c for c in backends(OP) if c.values[0] == "triton" or c.values == ("native", "cuda")]
+)
 on_each_kernel = pytest.mark.parametrize(
     "backend, device", [case for case in backends(OP) if case.values[0] != "reference"]
 )
@@ -218,7 +223,7 @@ def test_taps_outside_for_every_pixel_are_not_computed(backend, device, shape, d
     assert_close(y, depthwise_conv_reference(*wide([x, inside, scale, shift]), 1, dilation))
 
 
-@on_triton
+@on_each_half
 @pytest.mark.parametrize("kernel, stride, dilation", [(3, 1, 1), (3, 2, 1), (3, 1, 6), (5, 1, 2)])
 def test_fp16(backend, device, kernel, stride, dilation):
     given = [t.to(device) for t in tensors((2, 40, 9, 14), kernel, torch.float16)]
@@ -337,7 +342,7 @@ def eager(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, 
     return {"none": lambda y: y, "relu": F.relu, "relu6": F.relu6}[name](y)
 
 
-@on_each_backend
+@on_each_gradient
 @in_each_dtype
 @pytest.mark.parametrize("stride, dilation, activation", [(1, 2, "relu"), (2, 1, "none"), (1, 12, "relu6")])
 def test_gradient(backend, device, dtype, stride, dilation, activation):
@@ -365,7 +370,7 @@ def test_gradient(backend, device, dtype, stride, dilation, activation):
         assert dispatch.last_backend("depthwise_conv_backward") == backend
 
 
-@on_each_backend
+@on_each_gradient
 def test_gradient_of_what_asks_for_one_only(backend, device):
     x, weight, scale, shift = (t.to(device) for t in tensors((1, 4, 5, 6), 3, torch.float32))
     weight.requires_grad_()
@@ -387,7 +392,7 @@ def test_the_kernel_computes_only_the_gradients_asked_for(monkeypatch):
     assert [[address != 0 for address in args[3:5]] for args in calls] == [[True, False], [False, True]]
 
 
-@on_each_backend
+@on_each_gradient
 def test_statistics_gradient_goes_through_the_result_alone(backend, device):
     x, weight, *_ = (t.to(device).requires_grad_() for t in tensors((2, 6, 7, 8), 3, torch.float32))
     y, mean, variance = depthwise_conv_statistics(x, weight, dilation=2, backend=backend)
@@ -430,7 +435,7 @@ def test_what_has_no_gradient_raises():
         grad.sum().backward()
 
 
-@on_each_backend
+@on_each_gradient
 def test_opcheck(backend, device):
     x, weight, scale, shift = (t.to(device) for t in tensors((2, 5, 6, 7), 3, torch.float32))
     trained = [t.clone().requires_grad_() for t in (x, weight)]
