@@ -188,15 +188,16 @@ struct DepthwisePlan {
     }
 }
 
-// Rows that leave kWaves blocks for every place of a multiprocessor, to the end of a chain where they reach
-// one.
+// Rows that leave kWaves blocks for every place of a multiprocessor; whole chains, which have no halo, where
+// they fill every place once.
 [[maybe_unused]] void choose_rows(DepthwiseTiling* tiling, int64_t walks, int64_t places) {
     const int output = tiling->rows.output;
     const int64_t wanted = (kWaves * places + walks - 1) / walks;
     int64_t rows = (output + wanted - 1) / wanted;
     if (rows < kLeastRows) rows = kLeastRows;
     const int64_t chain = tiling->rows.ratio == 1 ? tiling->rows.longest() : output;
-    if (rows > chain) rows = (rows + chain - 1) / chain * chain;
+    const int64_t whole = (rows + chain - 1) / chain * chain;
+    if (rows > chain && walks * ((output + whole - 1) / whole) >= places) rows = whole;
     if (rows > kMostRows) rows = kMostRows;
     if (rows > output) rows = output;
     tiling->tile_rows = static_cast<int>(rows);
