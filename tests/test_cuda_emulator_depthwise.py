@@ -238,8 +238,8 @@ def test_what_is_not_aligned_takes_the_other_kernel(library):
 
 
 def test_offsets_beyond_32_bits(library):
-    """The last block of two images of 2^31 elements, in memory of which only its pages are touched."""
-    size = (2, 8, 1 << 14, 1 << 14)
+    """The last block of two images of more than 2^31 elements, in memory of which only its pages are touched."""
+    size = (2, 8, (1 << 14) + (1 << 10), 1 << 14)  # the last row begins beyond 2^32 bytes of its image
     x = torch.empty(size, dtype=torch.bfloat16, memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     _, weight, scale, shift = tensors((1, 8, 1, 1), 3, torch.bfloat16)
