@@ -81,8 +81,8 @@ class ModelConfig:
     """architecture"""
     backbone: str = "mobilenet_v2"
     """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65, xception71, or another
-    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, or timm:NAME (an encoder of timm, which has
-    to be installed)"""
+    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, resnet_v1_50_beta, resnet_v1_101_beta, or
+    timm:NAME (an encoder of timm, which has to be installed)"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
     beta_stem: bool = False

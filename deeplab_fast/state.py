@@ -19,7 +19,7 @@ from .device import resolve_device, resolve_precision
 from .errors import UserError
 from .model import load_backbone_weights, load_matching
 from .model.importers import find_layout, load_weights
-from .model.weights import read_state_dict
+from .model.weights import is_local, read_state_dict
 from .schedule import WeightAverage, build_optimizer, lr_factor
 
 
@@ -121,7 +121,7 @@ class Training:
 def load_initial_weights(model: nn.Module, config: Config) -> None:
     """A whole DeepLab gives all but a classifier of other classes; anything else gives the backbone."""
     source = config.run.weights
-    if Path(source).is_file():
+    if is_local(source):
         state = read_state_dict(source)
         layout = find_layout(state)
         if layout is not None and layout.whole:

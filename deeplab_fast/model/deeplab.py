@@ -15,10 +15,11 @@ from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
 from .norm import NORMS
 from .pixels import PIXELS, Pixels
 from .resnet import RESNETS, ResNet
+from .resnet_beta import RESNETS_BETA, ResNetBeta
 from .timm_encoder import PREFIX, TimmEncoder
 from .xception import XCEPTIONS, Xception
 
-BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS)
+BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS, *RESNETS_BETA)
 
 
 class DeepLab(nn.Module):
@@ -115,14 +116,14 @@ def build_model(
 
     name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
     backbone: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71;
-        and the MobileNetV2s of other projects: mobilenet_v2_1280, mobilenet_v2_vainf and mobilenet_v2_zym1119; or
-        timm:NAME, an encoder of timm (see `TimmEncoder`).
+        and those of other projects: mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, resnet_v1_50_beta and
+        resnet_v1_101_beta (see `ResNetBeta`); or timm:NAME, an encoder of timm (see `TimmEncoder`).
     output_stride: input size over the size of the last features; strides beyond it become dilation.
     multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16; in an Xception's
         last three convolutions.
     first_block_dilation: whether a block that lost its stride has the dilation of its stage (2, 2, 2 at 16)
         or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid). An Xception
-        is always the latter: its blocks have their stride in the last convolution.
+        and a resnet_v1_*_beta are always the latter: their stride is at the end of a stage.
     atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
     separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
     decoder_dropout: one probability for each refinement, or none.
@@ -243,7 +244,7 @@ def _build_backbone(
     multi_grid: tuple[int, ...],
     first_block_dilation: str,
     activation: str,
-) -> ResNet | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
+) -> ResNet | ResNetBeta | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
     if len(multi_grid) != 3 or min(multi_grid) < 1:
         raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
     if width_mult != 1.0 and not name.startswith("mobilenet_v2"):
@@ -261,6 +262,8 @@ def _build_backbone(
     shared = {"norm": norm, "output_stride": output_stride}
     if name in XCEPTIONS:
         return Xception(name, multi_grid=multi_grid, **shared)
+    if name in RESNETS_BETA:
+        return ResNetBeta(name, multi_grid=multi_grid, **shared)
     shared["first_block_dilation"] = first_block_dilation
     if name in RESNETS:
         blocks = RESNETS[name][1][-1]

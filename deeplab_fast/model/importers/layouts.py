@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UserError
+from .. import tensorflow
 from ..resnet import RESNETS
 from .tensors import absolute_scales, fold_biases, low_level_last, rename
 
@@ -26,7 +27,7 @@ class Layout:
 
     name: str
     signature: tuple[str, ...]
-    """keys of which any tells the layout"""
+    """keys of which any tells the layout; one that ends with a slash is how a key begins"""
     translate: Callable[[State], tuple[State, dict[str, Any]]]
     """its tensors -> those of `DeepLab` by name, with what has no place left as it is; and fields"""
     spare: tuple[str, ...] = ()
@@ -189,6 +190,14 @@ def backbone_only(state: State) -> tuple[State, dict[str, Any]]:
 
 
 LAYOUTS = (
+    Layout("tensorflow/models, research/deeplab", ("logits/semantic/",), tensorflow.translate),
+    Layout(
+        "tensorflow/models' backbone",
+        tensorflow.SCOPES,
+        tensorflow.translate,
+        tensorflow.IMAGENET_HEADS,
+        whole=False,
+    ),
     Layout("hualin95/Deeplab-v3plus", ("Resnet101.conv1.weight", "encoder.Resnet101.conv1.weight"), hualin95),
     Layout("CoinCheung or konami86/DeepLab-v3-plus-cityscapes", ("aspp.conv_out.conv.weight",), coincheung),
     Layout("chenxi116/DeepLabv3.pytorch", ("aspp.aspp1_bn.weight",), chenxi116, ("fc.",)),
@@ -221,12 +230,17 @@ LAYOUTS = (
 def find_layout(keys: Iterable[str]) -> Layout | None:
     """The layout of a file with these names; None: none that is known."""
     keys = set(keys)
+    # What TensorFlow's names begin with.
+    keys |= {key[: i + 1] for key in keys for i, letter in enumerate(key) if letter == "/"}
     return next((layout for layout in LAYOUTS if keys.intersection(layout.signature)), None)
 
 
 def shape_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `build_model` that the shapes of a translated file tell."""
-    fields = _resnet(state) if "backbone.layer1.0.conv1.weight" in state else _mobilenet(state)
+    if "backbone.stem.0.conv.weight" in state:
+        fields = {}  # an Xception, whose names tell which
+    else:
+        fields = _resnet(state) if "backbone.layer1.0.conv1.weight" in state else _mobilenet(state)
     if "aspp.project.conv.weight" not in state:
         return fields
     fields |= {

@@ -39,8 +39,9 @@ def load_weights(
     Knows torchvision's backbones and DeepLabv3, segmentation_models_pytorch, jfzhang95/pytorch-deeplab-xception and
     HaoranYao/DD2424-Project, CoinCheung's and konami86's DeepLab-v3-plus-cityscapes, chenxi116/DeepLabv3.pytorch,
     zym1119/DeepLabv3_MobileNetv2_PyTorch, hualin95/Deeplab-v3plus and VainF/DeepLabV3Plus-Pytorch, by their tensors'
-    names, with `module.` before them and in a training script's dictionary or not. Only tensors and plain types are
-    read; no code of the file runs.
+    names, with `module.` before them and in a training script's dictionary or not; and the checkpoints of
+    tensorflow/models, research/deeplab, of which path may be the beginning of their names, one of them, their folder or
+    .tar.gz. Only tensors and plain types are read; no code of the file runs.
 
     partial: take what fits in name and shape. new_classifier: let the model's classifier be where the file's has other
     classes. fields: keywords of `build_model` for what no file tells, such as output_stride, and num_classes for a
