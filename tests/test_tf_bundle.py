@@ -52,7 +52,27 @@ def test_crc32c_of_the_standard() -> None:
         (b"", 0),
     ):
         assert crc32c(data) == expected
-    for size in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 63, 64, 65, 1000, 4099):
+    for size in (
+        1,
+        2,
+        3,
+        4,
+        5,
+        7,
+        8,
+        9,
+        12,
+        13,
+        63,
+        64,
+        65,
+        1000,
+        4099,
+        (1 << 17) - 3,
+        1 << 17,
+        (1 << 17) + 5,
+        (1 << 18) + 4,
+    ):
         data = RNG.bytes(size)
         assert crc32c(data) == crc32c(bytearray(data)) == slow_crc32c(data), size
 

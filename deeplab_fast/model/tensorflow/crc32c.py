@@ -11,27 +11,40 @@ from functools import cache
 import numpy as np
 
 POLYNOMIAL = 0x82F63B78  # reflected
+# Bytes, as a power of 2, and words that are joined before they leave the cache.
+CHUNK_POWER = 17
+CHUNK = 1 << CHUNK_POWER - 2
 
 
-def crc32c(data: bytes | bytearray | memoryview) -> int:
+def crc32c(data: bytes | bytearray) -> int:
     """The checksum of the bytes, 0 for none of them; "123456789" has 0xE3069283."""
     size = len(data)
     if size == 0:
         return 0
     # Zeros in front do not change the register of a CRC that starts from 0.
     words = np.frombuffer(bytes(-size % 4) + bytes(data) if size % 4 else data, "<u4")
-    power = 2
-    while len(words) > 1:
-        if len(words) % 2:
-            words = np.concatenate([np.zeros(1, np.uint32), words])
-        words = _moved(words[::2], power) ^ words[1::2]
-        power += 1
-    register = _moved(words, 2)  # a word enters the register at once and then passes through it
+    head = len(words) % CHUNK
+    register = _folded(words[:head])
+    for at in range(head, len(words), CHUNK):
+        register = _moved(register, CHUNK_POWER) ^ _folded(words[at : at + CHUNK])
+    register = _moved(register, 2)  # a word enters the register at once and then passes through it
     start = np.array([0xFFFFFFFF], np.uint32)
     for power in range(size.bit_length()):
         if size >> power & 1:
             start = _moved(start, power)
     return int(register[0] ^ start[0]) ^ 0xFFFFFFFF
+
+
+def _folded(words: np.ndarray) -> np.ndarray:
+    """uint32 (n,), at most CHUNK of them -> (1,)."""
+    power = 2
+    while len(words) != 1:
+        if len(words) % 2 or len(words) == 0:
+            words = np.concatenate([np.zeros(1, np.uint32), words])
+            continue
+        words = _moved(words[::2], power) ^ words[1::2]
+        power += 1
+    return words
 
 
 def unmasked(stored: int) -> int:
