@@ -33,11 +33,11 @@ MOBILENETS: dict[str, dict[str, bool]] = {
 }
 
 
-def scaled(channels: int, width_mult: float) -> int:
-    """channels * width_mult as the nearest multiple of 8, never under 8 nor more than a tenth too small."""
+def scaled(channels: int, width_mult: float, divisor: int = 8) -> int:
+    """channels * width_mult as the nearest multiple of `divisor`, never under it nor more than a tenth too small."""
     wanted = channels * width_mult
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * wanted else rounded + 8
+    rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * wanted else rounded + divisor
 
 
 class ConvNormRelu6(nn.Sequential):
@@ -119,17 +119,18 @@ class MobileNetV2(nn.Module):
         *,
         norm: str,
         width_mult: float,
+        width_divisor: int = 8,
         output_stride: int,
         first_block_dilation: str,
         last: bool = False,
         pad_first: bool = False,
     ) -> None:
         super().__init__()
-        in_channels, reached, dilation = scaled(32, width_mult), 2, 1
+        in_channels, reached, dilation = scaled(32, width_mult, width_divisor), 2, 1
         blocks: list[nn.Module] = [conv_norm_relu6(norm, 3, in_channels, 3, stride=2)]
-        self.low_level_channels = scaled(24, width_mult)
+        self.low_level_channels = scaled(24, width_mult, width_divisor)
         for expansion, base, depth, stage_stride in STAGES:
-            out_channels = scaled(base, width_mult)
+            out_channels = scaled(base, width_mult, width_divisor)
             stride, previous = stage_stride, dilation
             if reached * stride > output_stride:
                 dilation, stride = dilation * stride, 1
@@ -152,12 +153,12 @@ class MobileNetV2(nn.Module):
         if pad_first:
             blocks[0][0].padding = (0, 0)
         if last:
-            out_channels = scaled(1280, max(1.0, width_mult))
+            out_channels = scaled(1280, max(1.0, width_mult), width_divisor)
             blocks.append(conv_norm_relu6(norm, in_channels, out_channels, 1))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
         self.recompute = False
-        self.auxiliary_channels = scaled(96, width_mult)
+        self.auxiliary_channels = scaled(96, width_mult, width_divisor)
         self.out_channels = in_channels
 
     def forward(self, x: Tensor, auxiliary: bool = False) -> tuple[Tensor, ...]:
@@ -179,19 +180,21 @@ class MobileNetV2Zym1119(MobileNetV2):
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1))
 
-    def __init__(self, *, norm: str, width_mult: float, multi_grid: tuple[int, int, int]) -> None:
+    def __init__(
+        self, *, norm: str, width_mult: float, width_divisor: int = 8, multi_grid: tuple[int, int, int]
+    ) -> None:
         nn.Module.__init__(self)
-        in_channels = scaled(32, width_mult)
-        self.low_level_channels = scaled(24, width_mult)
+        in_channels = scaled(32, width_mult, width_divisor)
+        self.low_level_channels = scaled(24, width_mult, width_divisor)
         plan = [(t, c, s if i == 0 else 1, 1) for t, c, n, s in self.STAGES for i in range(n)]
         plan += [(6, 160, 1, 2 * grid) for grid in (1, *multi_grid)]
         blocks: list[nn.Module] = [conv_norm_relu6(norm, 3, in_channels, 3, stride=2)]
         for expansion, base, stride, dilation in plan:
-            out_channels = scaled(base, width_mult)
+            out_channels = scaled(base, width_mult, width_divisor)
             options = {"expansion": expansion, "stride": stride, "dilation": dilation, "residual": stride == 1}
             blocks.append(InvertedResidual(norm, in_channels, out_channels, project=True, **options))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
         self.recompute = False
-        self.auxiliary_channels = scaled(96, width_mult)
+        self.auxiliary_channels = scaled(96, width_mult, width_divisor)
         self.out_channels = in_channels
