@@ -81,10 +81,12 @@ class ModelConfig:
     """architecture"""
     backbone: str = "mobilenet_v2"
     """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65, xception71, or another
-    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, resnet_v1_50_beta, resnet_v1_101_beta, or
-    timm:NAME (an encoder of timm, which has to be installed)"""
+    project's mobilenet_v2_1280, mobilenet_v2_tf, mobilenet_v2_vainf, mobilenet_v2_zym1119, resnet_v1_50_beta,
+    resnet_v1_101_beta, or timm:NAME (an encoder of timm, which has to be installed)"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
+    width_divisor: int = 8
+    """mobilenet_v2 only: every width is a multiple of it; TensorFlow's DeepLab has 4 where the multiplier is not 1"""
     beta_stem: bool = False
     """ResNet only: three 3x3 convolutions in place of the 7x7 stem"""
     output_stride: Literal[8, 16, 32] = 16
@@ -96,7 +98,8 @@ class ModelConfig:
     """dilation of the first block of a stage that lost its stride: its stage's, or that of the stage before it, as
     in torchvision"""
     atrous_rates: tuple[int, ...] | None = None
-    """ASPP's rates; None: 6, 12, 18 at output stride 16, doubled at 8, halved at 32"""
+    """ASPP's rates; None: 6, 12, 18 at output stride 16, doubled at 8, halved at 32; empty: the 1x1 branch and the
+    image pooling alone, TensorFlow's head for MobileNetV2"""
     image_pooling: bool = True
     """ASPP's global pooling branch"""
     aspp_channels: int = 256

@@ -18,8 +18,8 @@ from .data.datasets import Dataset
 from .device import resolve_device, resolve_precision
 from .errors import UserError
 from .model import load_backbone_weights, load_matching
-from .model.importers import find_layout, load_weights
-from .model.weights import is_local, read_state_dict
+from .model.importers import identify, load_weights
+from .model.weights import is_local
 from .schedule import WeightAverage, build_optimizer, lr_factor
 
 
@@ -122,8 +122,7 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
     """A whole DeepLab gives all but a classifier of other classes; anything else gives the backbone."""
     source = config.run.weights
     if is_local(source):
-        state = read_state_dict(source)
-        layout = find_layout(state)
+        layout, state = identify(source)
         if layout is not None and layout.whole:
             left_out = load_weights(model, source, new_classifier=True).missing
             print(f"weights from {source}, {layout.name}" + (f", all but {', '.join(left_out)}" if left_out else ""))

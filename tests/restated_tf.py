@@ -1,12 +1,13 @@
 """DeepLabs of tensorflow/models, research/deeplab, restated on plain torch functions with TensorFlow's rules.
 
 A graph makes its variables on first use, under TensorFlow's names and in its axes (H, W, in, out), so that the names
-that a checkpoint holds and where they are used are one statement. Padding is TensorFlow's: SAME, which is uneven where the
-stride leaves an even rest, or the explicit symmetric one of `conv2d_same` and `fixed_padding`.
+that a checkpoint holds and where they are used are one statement. Padding is TensorFlow's: SAME, which is uneven where
+the stride leaves an even rest, or the explicit symmetric one of `conv2d_same` and `fixed_padding`.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -30,6 +31,16 @@ class Variables(dict[str, Tensor]):
         if name not in self:
             self[name] = torch.rand(size, generator=self.generator) * (high - low) + low
         return self[name].double()
+
+
+class Shapes(Variables):
+    """Without values."""
+
+    def normal(self, name: str, *shape: int, fan: int) -> Tensor:
+        return self.setdefault(name, torch.empty(shape, device="meta")).double()
+
+    def uniform(self, name: str, size: int, low: float, high: float) -> Tensor:
+        return self.setdefault(name, torch.empty(size, device="meta")).double()
 
 
 def same(x: Tensor, kernel: int, stride: int, rate: int, value: float = 0.0) -> Tensor:
@@ -90,10 +101,6 @@ class Graph:
 
 def resized(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-
-def over(size: int, stride: int) -> int:
-    return (size - 1) // stride + 1
 
 
 XCEPTION_ENTRIES = {
@@ -164,24 +171,51 @@ def resnet_beta(v: Variables, x: Tensor, name: str, output_stride: int) -> tuple
     return low, x
 
 
+def mobilenet(v: Variables, x: Tensor, multiplier: float, output_stride: int) -> Tensor:
+    """-> layer_18."""
+    g, name = Graph(v, 1e-3, lambda x: x.clamp(0, 6), explicit=False), "MobilenetV2"
+    x = g.conv(x, f"{name}/Conv", int(32 * multiplier), 3, 2)
+    stages = [(1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)]
+    reached, rate, count = 2, 1, 0
+    for expansion, channels, depth, first in stages:
+        for i in range(depth):
+            scope, stride = f"{name}/expanded_conv" + (f"_{count}" if count else ""), first if i == 0 else 1
+            own, step = (rate, 1) if reached == output_stride else (1, stride)
+            y = x if expansion == 1 else g.conv(x, f"{scope}/expand", expansion * x.shape[1])
+            y = g.depthwise(y, f"{scope}/depthwise", step, own)
+            y = g.conv(y, f"{scope}/project", int(channels * multiplier), act=False)
+            x = x + y if step == 1 and x.shape == y.shape else y
+            if reached == output_stride:
+                rate *= stride
+            else:
+                reached *= stride
+            count += 1
+    return x
+
+
 def deeplab(
-    v: Variables, pixels: Tensor, backbone: str, classes: int, *, decoder=True, separable=True, output_stride=16
+    v: Variables, pixels: Tensor, backbone: str, classes: int, *, separable=True, output_stride=16, multiplier=1.0
 ) -> Tensor:
-    """pixels fp64 (N, 3, H, W), RGB from 0 to 255, sides of 16 n + 1 -> logits (N, classes, H, W), as multi_scale_logits."""
-    size = pixels.shape[2:]
-    net = xception if backbone.startswith("xception") else resnet_beta
-    low, x = net(v, pixels * (2 / 255) - 1, backbone, output_stride)
+    """pixels fp64 (N, 3, H, W), RGB from 0 to 255, sides of 16 n + 1 -> logits (N, classes, H, W).
+
+    As model.multi_scale_logits; MobilenetV2 has neither atrous branches nor a decoder.
+    """
+    size, x = pixels.shape[2:], pixels * (2 / 255) - 1
+    small = backbone == "MobilenetV2"
+    if small:
+        x = mobilenet(v, x, multiplier, output_stride)
+    else:
+        low, x = (xception if backbone.startswith("xception") else resnet_beta)(v, x, backbone, output_stride)
     g = Graph(v, 1e-5, F.relu)
     pooled = g.conv(F.avg_pool2d(x, x.shape[2:]), "image_pooling", 256)
     parts = [resized(pooled, x.shape[2:]), g.conv(x, "aspp0", 256)]
-    for i in (1, 2, 3):
+    for i in () if small else (1, 2, 3):
         rate = 6 * i * 16 // output_stride
-        parts.append(
-            g.separable(x, f"aspp{i}", 256, rate=rate) if separable else g.conv(x, f"aspp{i}", 256, 3, rate=rate)
-        )
+        layer = g.separable if separable else functools.partial(g.conv, kernel=3)
+        parts.append(layer(x, f"aspp{i}", 256, rate=rate))
     x = g.conv(torch.cat(parts, 1), "concat_projection", 256)
-    if decoder:
-        quarter = [over(n, 4) for n in size]
+    if not small:
+        quarter = [(n - 1) // 4 + 1 for n in size]
         low = g.conv(low, "decoder/feature_projection0", 48)
         x = torch.cat([resized(x, quarter), resized(low, quarter)], 1)
         for i in (0, 1):

@@ -155,6 +155,7 @@ VARIANTS = [
     {"backbone": "resnet18", "activation": "leaky_relu", "aspp_activation": False, "separable_order": "norm_each"},
     {"backbone": "mobilenet_v2_zym1119", "multi_grid": (1, 2, 4), "pixels": "bgr_unit", "aspp_activation": False},
     {"backbone": "mobilenet_v2_1280", "pixels": "symmetric"},
+    {"name": "deeplabv3", "width_mult": 0.5, "width_divisor": 4, "atrous_rates": ()},
 ]
 
 
@@ -285,6 +286,8 @@ def test_training_on_one_image() -> None:
             "output_stride is 8: .* has one stride, expected 16",
         ),
         ({"width_mult": 0.0}, "width_mult is 0.0: expected a number above 0"),
+        ({"width_divisor": 0}, "width_divisor is 0: expected 1 or more"),
+        ({"backbone": "resnet50", "width_divisor": 4}, "width_divisor is 4: resnet50 has no width multiplier"),
         ({"multi_grid": (1, 2, 4)}, r"multi_grid is \(1, 2, 4\): mobilenet_v2 has none"),
         ({"backbone": "resnet50", "multi_grid": (1, 2)}, r"multi_grid is \(1, 2\): expected three factors"),
         ({"backbone": "resnet18", "multi_grid": (1, 2, 4)}, "resnet18 ends with 2 blocks, not three"),
@@ -355,3 +358,32 @@ def test_zym1119_dilations() -> None:
     # The published count, and ASPP's pooling, which there shares its convolution.
     own = sum(p.numel() for p in model.aspp.pool.parameters())
     assert (sum(p.numel() for p in model.parameters()) - own) / 1e6 == pytest.approx(4.12, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("fields", "widths"),
+    [
+        ({"width_mult": 0.5}, [16, 8, 16, 16, 32, 48, 80, 160]),
+        # Of a published file, deeplabv3_mnv2_dm05.
+        ({"width_mult": 0.5, "width_divisor": 4}, [16, 8, 12, 16, 32, 48, 80, 160]),
+        ({"width_mult": 1.0, "width_divisor": 4}, [32, 16, 24, 32, 64, 96, 160, 320]),
+    ],
+)
+def test_mobilenet_widths(fields: dict, widths: list[int]) -> None:
+    with torch.device("meta"):
+        model = build_model(num_classes=2, auxiliary=True, **fields)
+    blocks = model.backbone.features
+    assert [
+        blocks[i][0].out_channels if i == 0 else blocks[i].conv[-2].out_channels for i in (0, 1, 2, 4, 7, 11, 14, 17)
+    ] == widths
+    assert (model.decoder.low_level.conv.in_channels, model.auxiliary.reduce.conv.in_channels) == (widths[2], widths[5])
+    assert model.backbone.out_channels == widths[-1]
+
+
+def test_no_rates_leave_the_1x1_branch_and_the_pooling() -> None:
+    with torch.device("meta"):
+        model = build_model("deeplabv3", num_classes=2, atrous_rates=(), aspp_channels=32)
+    assert [tuple(branch.conv.weight.shape) for branch in (*model.aspp.branches, model.aspp.pool)] == [
+        (32, 320, 1, 1)
+    ] * 2
+    assert model.aspp.project.conv.in_channels == 64

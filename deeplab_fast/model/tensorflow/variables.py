@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UserError
+from ..mobilenet import STAGES, scaled
 from ..resnet_beta import RESNETS_BETA
 from ..xception import XCEPTIONS
 
@@ -34,8 +35,11 @@ REFUSED = {
 }
 
 # How the names of a backbone begin, and of ImageNet's classifiers.
-SCOPES = (*(f"{scope}/" for scope in (*XCEPTION_SCOPES, *RESNET_SCOPES)), *REFUSED)
-IMAGENET_HEADS = tuple(f"{scope}/logits/" for scope in (*XCEPTION_SCOPES, *RESNET_SCOPES))
+SCOPES = (*(f"{scope}/" for scope in (*XCEPTION_SCOPES, *RESNET_SCOPES)), "MobilenetV2/", *REFUSED)
+IMAGENET_HEADS = (
+    *(f"{scope}/logits/" for scope in (*XCEPTION_SCOPES, *RESNET_SCOPES)),
+    *("MobilenetV2/Conv_1/", "MobilenetV2/Logits/"),
+)
 
 
 def weight_names(names: Collection[str]) -> dict[str, str]:
@@ -66,13 +70,15 @@ def translate(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     for beginning, reason in REFUSED.items():
         if any(name.startswith(beginning) for name in state):
             raise UserError(f"this checkpoint {reason}")
-    backbone, scopes = _backbone(state)
+    fields, scopes = _backbone(state)
     scopes |= _head()
-    fields = {"backbone": backbone, "pixels": "symmetric", "align_corners": True, "separable_order": "norm_each"}
+    fields |= {"pixels": "symmetric", "align_corners": True, "separable_order": "norm_each"}
     translated = {}
     for name, value in state.items():
         key, value = _placed(scopes, name, value)
         translated[key] = value
+    if "aspp.project.conv.weight" in translated and not any(k.startswith("aspp.branches.1.") for k in translated):
+        fields["atrous_rates"] = ()
     project = translated.get("aspp.project.conv.weight")
     if project is not None and "aspp.pool.conv.weight" in translated:
         # TensorFlow concatenates the image pooling first, this project last.
@@ -128,19 +134,52 @@ def _head() -> Scopes:
     return scopes | {"logits/semantic": ("classifier", "")}
 
 
-def _backbone(state: Mapping[str, Tensor]) -> tuple[str, Scopes]:
-    """This project's name for the backbone and its scopes."""
+def _backbone(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], Scopes]:
+    """The backbone's fields and scopes."""
     scope = next((scope for scope in SCOPES if any(name.startswith(scope) for name in state)), None)
     if scope is None:
         raise UserError(f"this checkpoint has no backbone that is known, expected one of {', '.join(SCOPES)}")
     scope = scope.removesuffix("/")
+    if scope == "MobilenetV2":
+        return _mobilenet_fields(state), _mobilenet(scope)
     if scope in XCEPTION_SCOPES:
         name = scope.replace("_", "")
-        return name, _xception(scope, name)
+        return {"backbone": name}, _xception(scope, name)
     name = f"{scope}_beta"
     if f"{scope}/conv1_1/weights" not in state:
         raise UserError(f"this checkpoint's backbone is {scope} with a 7x7 stem, expected {name}, which has three 3x3")
-    return name, _resnet(scope, RESNETS_BETA[name])
+    return {"backbone": name}, _resnet(scope, RESNETS_BETA[name])
+
+
+def _mobilenet_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Its widths are multiples of 8, or of 1 where the multiplier is not 1; of 4 is the same at 0.5."""
+    if "decoder/feature_projection0/weights" in state:
+        raise UserError(
+            "this checkpoint has a decoder on MobileNetV2, which takes features that this project's does not"
+        )
+    ends = [sum(depth for _, _, depth, _ in STAGES[: i + 1]) - 1 for i in range(len(STAGES))]
+    names = [f"MobilenetV2/expanded_conv{f'_{i}' if i else ''}/project/weights" for i in ends]
+    if lacking := [name for name in names if name not in state]:
+        raise UserError(f"this checkpoint has no {lacking[0]}, expected a whole MobileNetV2")
+    widths = [state[name].shape[-1] for name in names]
+    multiplier = widths[-1] / STAGES[-1][1]
+    for divisor in (8, 4, 1):
+        if widths == [scaled(base, multiplier, divisor) for _, base, _, _ in STAGES]:
+            fields = {"backbone": "mobilenet_v2_tf", "first_block_dilation": "previous", "width_mult": multiplier}
+            return fields | {"width_divisor": divisor}
+    raise UserError(
+        f"this checkpoint's MobileNetV2 has the widths {widths}, expected one multiple of the published ones"
+    )
+
+
+def _mobilenet(scope: str) -> Scopes:
+    scopes = {f"{scope}/Conv": ("backbone.features.0.0", "backbone.features.0.1")}
+    for i in range(sum(depth for _, _, depth, _ in STAGES)):
+        block, ours = f"{scope}/expanded_conv{f'_{i}' if i else ''}", f"backbone.features.{i + 1}.conv"
+        layers = [f"{block}/expand", f"{block}/depthwise"] if i else [f"{block}/depthwise"]
+        scopes |= {layer: (f"{ours}.{j}.0", f"{ours}.{j}.1") for j, layer in enumerate(layers)}
+        scopes[f"{block}/project"] = (f"{ours}.{len(layers)}", f"{ours}.{len(layers) + 1}")
+    return scopes
 
 
 def _xception(scope: str, name: str) -> Scopes:
