@@ -154,6 +154,9 @@ def test_an_imagenet_checkpoint_gives_the_backbone(half: tuple, tmp_path: Path) 
     load_backbone_weights(model, str(tmp_path / "model.ckpt-10"))
     expected = loaded.model.backbone.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.backbone.state_dict().items())
+    write_bundle(tmp_path / "part", {"MobilenetV2/Conv/weights": np.zeros((3, 3, 3, 16), np.float32)})
+    with pytest.raises(UserError, match="part: this checkpoint has no MobilenetV2/expanded_conv/project/weights"):
+        load_backbone_weights(model, str(tmp_path / "part"))
     with pytest.raises(UserError, match="holds a backbone alone: start from it with train --weights"):
         convert.main([str(tmp_path / "model.ckpt-10.index"), "--output", str(tmp_path / "model.pt")])
 

@@ -63,7 +63,10 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
     path = _locate(source)
     state = read_state_dict(path)
     if tensorflow.is_translatable(state):
-        state, _ = tensorflow.translate(state)
+        try:
+            state, _ = tensorflow.translate(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
         state = {k: v for k, v in state.items() if not k.startswith(tensorflow.IMAGENET_HEADS)}
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
         state = inner
