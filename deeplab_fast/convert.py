@@ -31,7 +31,7 @@ class ConvertCommand:
     """
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """what that project's training saved; of a TensorFlow checkpoint model.ckpt, one of its files, the folder or .tar.gz"""
+    """what that project's training saved; of TensorFlow's model.ckpt, one of its files, their folder or .tar.gz"""
     output: Path
     """the checkpoint to write; only a checkpoint of this project is replaced"""
     classes: Literal["voc", "cityscapes", "camvid"] | None = None
