@@ -154,6 +154,9 @@ def test_an_imagenet_checkpoint_gives_the_backbone(half: tuple, tmp_path: Path) 
     load_backbone_weights(model, str(tmp_path / "model.ckpt-10"))
     expected = loaded.model.backbone.state_dict()
     assert all(torch.equal(v, expected[k]) for k, v in model.backbone.state_dict().items())
+    write_bundle(tmp_path / "more", variables | head | {"MobilenetV2/Conv/extra": np.ones(1, np.float32)})
+    with pytest.raises(UserError, match="more are not for this model: they hold MobilenetV2/Conv/extra, unknown to it"):
+        load_backbone_weights(model, str(tmp_path / "more"))
     write_bundle(tmp_path / "part", {"MobilenetV2/Conv/weights": np.zeros((3, 3, 3, 16), np.float32)})
     with pytest.raises(UserError, match="part: this checkpoint has no MobilenetV2/expanded_conv/project/weights"):
         load_backbone_weights(model, str(tmp_path / "part"))

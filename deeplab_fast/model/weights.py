@@ -67,7 +67,9 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
             state, _ = tensorflow.translate(state)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
-        state = {k: v for k, v in state.items() if not k.startswith(tensorflow.IMAGENET_HEADS)}
+        # A backbone's variable that has no place is an error below.
+        odd = [k for k in state if k.startswith(tensorflow.SCOPES) and not k.startswith(tensorflow.IMAGENET_HEADS)]
+        state |= {f"backbone.{k}": state[k] for k in odd}
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
         state = inner
     if "blocks.0.stack.conv1.conv_dw.weight" in state:
