@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..deeplab import DeepLab, build_model
+from ..norm import FrozenBatchNorm2d
 from ..weights import read_state_dict, some_of
 from . import tflite_deeplab
 from .layouts import Layout, find_layout, shape_fields
@@ -127,6 +128,12 @@ def _other_classes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bo
 
 def _check_graph(model: DeepLab, fields: dict[str, Any], path: str | Path) -> None:
     """UserError where equal shapes would compute something else than the weights were trained for."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    if fields.get("norm") == "frozen_batch" and not all(isinstance(m, FrozenBatchNorm2d) for m in norms):
+        raise UserError(
+            f"{path} has its batch norms folded into the convolutions and their statistics lost: expected a model with "
+            "norm 'frozen_batch', or partial"
+        )
     with torch.device("meta"):
         wanted = _graph(build_model(**{**fields, "output_stride": model.output_stride}))
     ours = _graph(model)

@@ -22,6 +22,7 @@ State = dict[str, Tensor]
 BLOCKS = sum(depth for _, _, depth, _ in STAGES)
 EXPECTED = "expected TensorFlow's DeepLabv3 on a MobileNetV2, with image pooling and no atrous branch or decoder"
 ACTIVATIONS = {0: "none", 1: "relu", 3: "relu6"}
+JOINS = ("ADD", "CONCATENATION")
 EPS = 1e-5  # of this project's norms
 
 
@@ -37,7 +38,7 @@ class Walk:
 
     def then(self, tensor: int, *kinds: str) -> Operator:
         """The one operator of these kinds that takes `tensor`."""
-        users = [operator for operator in self.graph.operators if tensor in operator.inputs]
+        users = [o for o in self.graph.operators if tensor in (o.inputs if o.kind in JOINS else o.inputs[:1])]
         found = [operator for operator in users if operator.kind in kinds]
         if len(found) != 1:
             followers = ", ".join(operator.kind for operator in users) or "nothing"
@@ -59,7 +60,7 @@ class Walk:
             weight.permute((3, 0, 1, 2) if depthwise else (0, 3, 1, 2)).contiguous() if weight.dim() == 4 else weight
         )
         wanted = (*output.shape[3:], 1 if depthwise else self.channels(tensor), kernel, kernel)
-        done = ACTIVATIONS.get(operator.options.FusedActivationFunction())
+        done = ACTIVATIONS.get(operator.options["FusedActivationFunction"])
         if tuple(weight.shape) != wanted or done != activation:
             raise UserError(
                 f"{output.name} has a weight of {tuple(weight.shape)} and the activation {done} where {wanted} and "
@@ -85,7 +86,7 @@ class Walk:
 
     def _check_padding(self, operator: Operator, shape: tuple[int, ...], name: str) -> None:
         """SAME pads both sides alike unless a stride meets an even size."""
-        if operator.options.Padding() != 0:
+        if operator.options["Padding"] != 0:
             raise UserError(f"{name} is not padded to its size (VALID), expected SAME")
         if stride(operator) != 1 and not all(size % 2 for size in shape[1:3]):
             raise UserError(
@@ -98,7 +99,7 @@ class Walk:
         operator = self.then(tensor, "AVERAGE_POOL_2D", "MEAN")
         whole = self.shape(tensor)[1:3]
         if operator.kind == "AVERAGE_POOL_2D":
-            whole = operator.options.FilterHeight(), operator.options.FilterWidth()
+            whole = operator.options["FilterHeight"], operator.options["FilterWidth"]
         if whole != self.shape(tensor)[1:3] or self.shape(operator.output)[1:3] != (1, 1):
             raise UserError(f"its pooling does not take the mean of the whole map; {EXPECTED}")
         return operator.output
@@ -106,13 +107,13 @@ class Walk:
 
 def stride(operator: Operator) -> int:
     """0 where it differs in the two directions: no model has that."""
-    h, w = operator.options.StrideH(), operator.options.StrideW()
+    h, w = operator.options["StrideH"], operator.options["StrideW"]
     return h if h == w else 0
 
 
 def dilation(operator: Operator) -> int:
     """As `stride`."""
-    h, w = operator.options.DilationHFactor(), operator.options.DilationWFactor()
+    h, w = operator.options["DilationHFactor"], operator.options["DilationWFactor"]
     return h if h == w else 0
 
 
@@ -162,6 +163,7 @@ def _backbone(walk: Walk) -> tuple[int, Plan]:
         depthwise = walk.layer(y, 3, "relu6", f"{conv}.{part}.0", f"{conv}.{part}.1", depthwise=True)
         y = walk.layer(depthwise.output, 1, "none", f"{conv}.{part + 1}", f"{conv}.{part + 2}").output
         sums = [o for o in walk.graph.operators if o.kind == "ADD" and sorted(o.inputs) == sorted((x, y))]
+        sums = [o for o in sums if o.options["FusedActivationFunction"] == 0]
         plan.append((stride(depthwise), dilation(depthwise), bool(sums)))
         x = sums[0].output if sums else y
     return x, plan
@@ -185,15 +187,15 @@ def _head(walk: Walk, x: int) -> tuple[int, bool]:
 
 
 def _corners(walk: Walk, x: int) -> bool:
-    """Whether what upsamples the logits to the size of the input aligns their corners."""
+    """Whether what upsamples the logits to the size of the input aligns their corners; a label map may follow."""
     size, corners = walk.shape(walk.graph.input)[1:3], None
     while walk.shape(x)[1:3] != size:
         operator = walk.then(x, "RESIZE_BILINEAR")
         if walk.shape(operator.output)[1:3] != walk.shape(x)[1:3]:
             if corners is not None:
                 raise UserError(f"its logits are upsampled more than once; {EXPECTED}")
-            corners = bool(operator.options.AlignCorners())
-            if not corners and not operator.options.HalfPixelCenters():
+            corners = bool(operator.options["AlignCorners"])
+            if not corners and not operator.options["HalfPixelCenters"]:
                 raise UserError(
                     "its logits are upsampled from the corners of pixels, expected align_corners or half_pixel_centers"
                 )

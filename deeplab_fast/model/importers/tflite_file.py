@@ -18,14 +18,14 @@ from ...errors import UserError
 
 MAGIC = b"TFL3"  # at byte 4
 TYPES = {"FLOAT32": "<f4", "FLOAT16": "<f2", "INT8": "i1", "UINT8": "u1", "INT32": "<i4"}
-# The operators whose options are read.
+_CONVOLUTION = ("Padding", "StrideH", "StrideW", "DilationHFactor", "DilationWFactor", "FusedActivationFunction")
+# The options that are read of an operator, by tflite's names.
 OPTIONS = {
-    "CONV_2D": "Conv2DOptions",
-    "DEPTHWISE_CONV_2D": "DepthwiseConv2DOptions",
-    "ADD": "AddOptions",
-    "AVERAGE_POOL_2D": "Pool2DOptions",
-    "CONCATENATION": "ConcatenationOptions",
-    "RESIZE_BILINEAR": "ResizeBilinearOptions",
+    "CONV_2D": ("Conv2DOptions", _CONVOLUTION),
+    "DEPTHWISE_CONV_2D": ("DepthwiseConv2DOptions", _CONVOLUTION),
+    "ADD": ("AddOptions", ("FusedActivationFunction",)),
+    "AVERAGE_POOL_2D": ("Pool2DOptions", ("FilterHeight", "FilterWidth")),
+    "RESIZE_BILINEAR": ("ResizeBilinearOptions", ("AlignCorners", "HalfPixelCenters")),
 }
 
 
@@ -64,8 +64,8 @@ class Operator:
     kind: str
     inputs: tuple[int, ...]
     output: int
-    options: Any
-    """tflite's, where `OPTIONS` names them"""
+    options: dict[str, int]
+    """those of `OPTIONS`"""
 
 
 @dataclass(frozen=True)
@@ -160,10 +160,12 @@ def _operator(tflite: ModuleType, model: Any, operator: Any, count: int) -> Oper
     outputs = tuple(operator.Outputs(i) for i in range(operator.OutputsLength()))
     if not all(-1 <= i < count for i in inputs) or not all(0 <= i < count for i in outputs) or not outputs:
         raise ValueError(f"an operator {kind} from {inputs} to {outputs} of {count} tensors")
-    options = None
+    options = {}
     if kind in OPTIONS:
-        options, table = getattr(tflite, OPTIONS[kind])(), operator.BuiltinOptions()
-        options.Init(table.Bytes, table.Pos)
+        name, items = OPTIONS[kind]
+        reader, table = getattr(tflite, name)(), operator.BuiltinOptions()
+        reader.Init(table.Bytes, table.Pos)
+        options = {item: getattr(reader, item)() for item in items}
     return Operator(kind, inputs, outputs[0], options)
 
 
