@@ -5,6 +5,7 @@ PREFIX.index is a table of name -> entry; the values are in PREFIX.data-00000-of
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import re
@@ -69,8 +70,8 @@ class Bundle:
 
         UserError for a variable that is partitioned, and for a shard that is missing, too short or damaged.
         """
-        variables = {}
-        with _Shards(self) as shards:
+        variables, files = {}, {}
+        with contextlib.ExitStack() as opened:
             for name in names:
                 entry = self.entries[name]
                 if entry.sliced:
@@ -78,7 +79,10 @@ class Bundle:
                         f"{self.prefix}.index: {name} is a partitioned variable, which is not read: expected "
                         "a checkpoint saved without a partitioner"
                     )
-                variables[name] = _tensor(shards[entry.shard], self.shards[entry.shard], name, entry)
+                shard = self.shards[entry.shard]
+                if shard not in files:
+                    files[shard] = opened.enter_context(self.open(shard))
+                variables[name] = _tensor(files[shard], shard, name, entry)
         return variables
 
 
@@ -111,9 +115,10 @@ def find_bundle(path: str | Path) -> Bundle | None:
 
 
 def _tail(path: Path) -> bytes:
-    with open(path, "rb") as file:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - len(MAGIC)))
         return file.read()
+    return b""  # for torch.load to say
 
 
 def _from_archive(path: Path) -> Bundle | None:
@@ -169,25 +174,6 @@ def _bundle(prefix: str, open_: Callable[[str], BinaryIO], shown: str = "") -> B
         raise UserError(f"{index}: {error}: expected the whole index of a TensorFlow checkpoint") from error
     shards = tuple(f"{shown}{prefix}.data-{i:05d}-of-{count:05d}" for i in range(count))
     return Bundle(shown + prefix, entries, shards, opened)
-
-
-class _Shards:
-    """The opened shards by number; a context that closes them."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        self.bundle, self.files = bundle, {}
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self.files.values():
-            file.close()
-
-    def __getitem__(self, shard: int) -> BinaryIO:
-        if shard not in self.files:
-            self.files[shard] = self.bundle.open(self.bundle.shards[shard])
-        return self.files[shard]
 
 
 def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
