@@ -155,6 +155,7 @@ VARIANTS = [
     {"backbone": "resnet18", "activation": "leaky_relu", "aspp_activation": False, "separable_order": "norm_each"},
     {"backbone": "mobilenet_v2_zym1119", "multi_grid": (1, 2, 4), "pixels": "bgr_unit", "aspp_activation": False},
     {"backbone": "mobilenet_v2_1280", "pixels": "symmetric"},
+    {"backbone": "resnet_v1_50_beta", "multi_grid": (1, 2, 4), "pixels": "symmetric"},
     {"name": "deeplabv3", "width_mult": 0.5, "width_divisor": 4, "atrous_rates": ()},
 ]
 
@@ -167,6 +168,19 @@ def test_gradient_reaches_every_parameter(fields: dict) -> None:
     F.cross_entropy(logits, torch.randint(5, (2, *logits.shape[2:]))).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_the_stride_at_the_end_of_a_stage(output_stride: int) -> None:
+    """In fp32 as the ops compute it and in fp64, and the sizes at odd sides."""
+    torch.manual_seed(0)
+    backbone = build_model(backbone="resnet_v1_50_beta", output_stride=output_stride, **SMALL).backbone.eval()
+    x = torch.randn(1, 3, 67, 98)
+    found, exact = backbone(x), backbone.double()(x.double())
+    for y, expected, stride in zip(found, exact, (4, output_stride), strict=True):
+        assert y.shape[2:] == (-(-67 // stride), -(-98 // stride))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("order", ["norm_last", "norm_each"])
