@@ -164,6 +164,8 @@ class OptimConfig:
     """AdamW and RMSprop: what is added to the root of that average; TensorFlow's MobileNets have 1 in RMSprop"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
+    decay_depthwise: bool = True
+    """apply it to depthwise convolutions; TensorFlow's DeepLab does not"""
     schedule: Literal["poly", "cosine", "step", "constant"] = "poly"
     """how the rate falls: (1 - step / steps) ** poly_power, half a cosine to 0, or by step_factor every step_every"""
     poly_power: float = 0.9
@@ -174,8 +176,9 @@ class OptimConfig:
     """step: the rate after a fall over that before it"""
     warmup_steps: int = 0
     """steps in which the rate rises from warmup_lr_mult of its value"""
-    warmup: Literal["linear", "exponential"] = "linear"
-    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after"""
+    warmup: Literal["linear", "exponential", "constant"] = "linear"
+    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after;
+    constant: stays there, and the schedule begins after (TensorFlow's slow start)"""
     warmup_lr_mult: float = 0.01
     """where the warm-up starts, over the peak rate"""
     clip_norm: float = 0.0
