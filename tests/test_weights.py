@@ -193,6 +193,28 @@ def test_download(hub: Path, backbone: dict, monkeypatch: pytest.MonkeyPatch) ->
     assert (hub / "mine-20240101.pth").is_file()
 
 
+def test_zym1119_takes_from_torchvision_what_the_two_share(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = build_model(num_classes=2, backbone="mobilenet_v2_1280").backbone.state_dict()
+    torch.save({**source, "classifier.1.weight": torch.ones(1000, 1280)}, tmp_path / "mobilenet_v2.pth")
+    kwargs = {"num_classes": 2, "backbone": "mobilenet_v2_zym1119"}
+    model = build_model("deeplabv3", **kwargs)
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    load_backbone_weights(model, str(tmp_path / "mobilenet_v2.pth"))
+    taken = {k for k, v in model.backbone.state_dict().items() if k in source and torch.equal(v, source[k])}
+    blocks = {int(k.split(".")[1]) for k in taken if k.endswith("conv.2.weight")}
+    assert blocks == set(range(2, 17)) and "features.0.0.weight" in taken
+    for key, value in model.backbone.state_dict().items():
+        if int(key.split(".")[1]) in (1, *range(17, 21)) or ".shortcut." in key:
+            assert torch.equal(value, before[key]), key
+        else:
+            assert key in taken
+    with pytest.raises(UserError, match="are not for this model: they lack features.1.conv.3"):
+        partial = {k: v for k, v in before.items() if k != "features.1.conv.3.weight"}
+        torch.save(partial, tmp_path / "own.pth")
+        load_backbone_weights(model, str(tmp_path / "own.pth"))
+
+
 def test_load_matching_leaves_out_a_classifier_of_another_size() -> None:
     model, other, equal = build(0), build(1, num_classes=7).state_dict(), build(2).state_dict()
     classifier = {k: v.clone() for k, v in model.state_dict().items() if k.startswith("classifier.")}
