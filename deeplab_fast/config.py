@@ -14,6 +14,7 @@ import tyro
 
 from .errors import UserError
 
+Year = Literal["2007", "2008", "2009", "2010", "2011", "2012"]
 DataName = Literal["scenes", "voc", "cityscapes", "camvid", "ade20k", "coco", "folder"]
 
 
@@ -29,7 +30,7 @@ class DataConfig:
     """split to train on; None: the data set's own (`train`; `train_aug` where VOC has SegmentationClassAug)"""
     val_split: str | None = None
     """split to validate on; None: the data set's own (`val`)"""
-    year: Literal["2007", "2012"] = "2012"
+    year: Year = "2012"
     """VOC only: which VOCdevkit folder"""
     sbd: str | None = None
     """VOC only: folder of the Semantic Boundaries Dataset, whose images, but VOC's val, train and trainval then hold"""

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import run_command
-from .config import DataConfig, DataName
+from .config import DataConfig, DataName, Year
 from .data.augment import PAD_VALUE
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
@@ -48,7 +48,7 @@ class EvaluateCommand:
     """the data set; None: the checkpoint's own"""
     root: str | None = None
     """its folder; None: the one in the checkpoint, where --data is not given"""
-    year: Literal["2007", "2012"] | None = None
+    year: Year | None = None
     """VOC only: which VOCdevkit folder; None: the checkpoint's own"""
     split: str = "val"
     """the split to score; `val` is the one that training validated on"""

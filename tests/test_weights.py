@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deeplab_fast.config import Config, ModelConfig, RunConfig
 from deeplab_fast.errors import UserError
 from deeplab_fast.model import DeepLab, build_model, load_backbone_weights, load_matching
 from deeplab_fast.model.weights import IMAGENET
+from deeplab_fast.state import load_initial_weights
 
 SMALL = {"num_classes": 5, "aspp_channels": 32, "decoder_channels": 32}
 
@@ -170,6 +172,15 @@ def test_a_file_put_there_by_hand_is_used(hub: Path, backbone: dict) -> None:
     torch.save(backbone, hub / "resnet18-f37072fd.pth")
     model = build()
     load_backbone_weights(model, "resnet18")
+    assert same(model.backbone.state_dict(), backbone)
+
+
+def test_imagenet_is_the_backbones_own_file(hub: Path, backbone: dict) -> None:
+    hub.mkdir(parents=True)
+    torch.save(backbone, hub / "resnet18-f37072fd.pth")
+    fields = ModelConfig(backbone="resnet18", aspp_channels=32, decoder_channels=32)
+    model = build()
+    load_initial_weights(model, Config(model=fields, run=RunConfig(weights="imagenet")))
     assert same(model.backbone.state_dict(), backbone)
 
 
