@@ -14,6 +14,7 @@ import tyro
 
 from .errors import UserError
 
+Year = Literal["2007", "2008", "2009", "2010", "2011", "2012"]
 DataName = Literal["scenes", "voc", "cityscapes", "camvid", "ade20k", "coco", "folder"]
 
 
@@ -29,7 +30,7 @@ class DataConfig:
     """split to train on; None: the data set's own (`train`; `train_aug` where VOC has SegmentationClassAug)"""
     val_split: str | None = None
     """split to validate on; None: the data set's own (`val`)"""
-    year: Literal["2007", "2012"] = "2012"
+    year: Year = "2012"
     """VOC only: which VOCdevkit folder"""
     sbd: str | None = None
     """VOC only: folder of the Semantic Boundaries Dataset, whose images, but VOC's val, train and trainval then hold"""
@@ -167,6 +168,8 @@ class OptimConfig:
     """AdamW and RMSprop: what is added to the root of that average; TensorFlow's MobileNets have 1 in RMSprop"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
+    decay_depthwise: bool = True
+    """apply it to depthwise convolutions; TensorFlow's DeepLab does not"""
     schedule: Literal["poly", "cosine", "step", "constant"] = "poly"
     """how the rate falls: (1 - step / steps) ** poly_power, half a cosine to 0, or by step_factor every step_every"""
     poly_power: float = 0.9
@@ -177,8 +180,9 @@ class OptimConfig:
     """step: the rate after a fall over that before it"""
     warmup_steps: int = 0
     """steps in which the rate rises from warmup_lr_mult of its value"""
-    warmup: Literal["linear", "exponential"] = "linear"
-    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after"""
+    warmup: Literal["linear", "exponential", "constant"] = "linear"
+    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after;
+    constant: stays there, and the schedule begins after (TensorFlow's slow start)"""
     warmup_lr_mult: float = 0.01
     """where the warm-up starts, over the peak rate"""
     clip_norm: float = 0.0

@@ -17,10 +17,11 @@ from tqdm import tqdm
 
 from . import checkpoint
 from .cli import run_command
-from .config import DataConfig, DataName
+from .config import DataConfig, DataName, Year
+from .data.augment import PAD_VALUE
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
-from .data.protocol import CentreCrop
+from .data.protocol import CentreCrop, Padded
 from .device import describe, resolve_device, resolve_precision, set_allocator
 from .errors import UserError
 from .files import atomic_path, make_folder
@@ -30,6 +31,8 @@ from .visualize import check_replaceable, save_palette_png
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion")
 """What --json takes from `metrics.scores`."""
+MIDDLE_GREY = (128, 128, 128)
+"""TensorFlow's mean pixel, 0 between -1 and 1; ImageNet's is 0 for all other models."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class EvaluateCommand:
     """the data set; None: the checkpoint's own"""
     root: str | None = None
     """its folder; None: the one in the checkpoint, where --data is not given"""
-    year: Literal["2007", "2012"] | None = None
+    year: Year | None = None
     """VOC only: which VOCdevkit folder; None: the checkpoint's own"""
     split: str = "val"
     """the split to score; `val` is the one that training validated on"""
@@ -67,9 +70,12 @@ class EvaluateCommand:
     """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
     flip: bool = False
     """average over the mirrored image as well"""
-    protocol: Literal["paper", "crop513"] = "paper"
-    """paper: whole images at their own size; crop513: image and truth scaled to a shorter side of 513 pixels, and the
-    square in the middle, for figures of repositories that score so"""
+    output_stride: Literal[8, 16, 32] | None = None
+    """of the backbone, with ASPP's rates to match; None: the one that the model was trained at"""
+    protocol: Literal["paper", "pad513", "crop513"] = "paper"
+    """paper: whole images at their own size; pad513: padded to sides of 16 k + 1 pixels, 513 at least, as TensorFlow's
+    DeepLab does; crop513: image and truth scaled to a shorter side of 513 pixels, and the square in the middle, for
+    figures of repositories that score so"""
 
 
 def choose_data(saved: DataConfig, name: str | None, root: str | None, year: str | None = None) -> DataConfig:
@@ -132,6 +138,7 @@ def _how(command: EvaluateCommand) -> str:
     """What a score without it would not be compared with."""
     parts = [f"{scale:g} x" for scale in command.scales] if command.scales != (1.0,) else []
     parts += ["mirrored"] * command.flip + [f"protocol {command.protocol}"] * (command.protocol != "paper")
+    parts += [f"output stride {command.output_stride}"] * (command.output_stride is not None)
     return "".join(f", {part}" for part in parts)
 
 
@@ -141,7 +148,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         check_json(command.json)
     device = resolve_device(command.device)
     dtype = resolve_precision(command.precision, device)
-    model, config, classes = checkpoint.load_model(command.checkpoint, device)
+    model, config, classes = checkpoint.load_model(command.checkpoint, device, output_stride=command.output_stride)
     data = choose_data(config.data, command.data, command.root, command.year)
     dataset = open_dataset(data, command.split)
     require_truth(dataset)
@@ -149,6 +156,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     paths = mask_paths(dataset, data.root, command.output) if command.output else None
     if command.protocol == "crop513":
         dataset = CentreCrop(dataset)
+    elif command.protocol == "pad513":
+        dataset = Padded(dataset, MIDDLE_GREY if config.model.pixels == "symmetric" else PAD_VALUE)
     for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
         make_folder(folder)
 
@@ -156,7 +165,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
 
     def save(index: int, prediction: Tensor) -> None:
-        save_palette_png(paths[index], prediction.cpu().numpy(), classes)
+        labels = prediction.cpu().numpy()
+        save_palette_png(paths[index], dataset.cut(index, labels) if isinstance(dataset, Padded) else labels, classes)
 
     began = time.perf_counter()
     with bar:
@@ -185,6 +195,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "protocol": command.protocol,
         "scales": list(command.scales),
         "flip": command.flip,
+        "output_stride": config.model.output_stride,
         "classes": list(classes.names),
     }
 

@@ -98,7 +98,7 @@ def _mean_probabilities(
     """
     size, total = tuple(image.shape[:2]), None
     for scale in scales:
-        scaled = _scaled(image, scale)
+        scaled = _scaled(image, scale, model.align_corners)
         for mirrored in (False, True)[: 1 + flip]:
             part = scaled.flip(1) if mirrored else scaled
             if window is None:
@@ -113,11 +113,16 @@ def _mean_probabilities(
     return total
 
 
-def _scaled(image: Tensor, scale: float) -> Tensor:
-    """uint8 (H, W, 3) -> uint8 (h, w, 3): bilinear, antialiased when shrinking, as training images are."""
+def _scaled(image: Tensor, scale: float, align_corners: bool) -> Tensor:
+    """uint8 (H, W, 3) -> uint8 (h, w, 3): bilinear, antialiased when shrinking, as training images are.
+
+    With aligned corners a side of 16 k + 1 pixels counts as 16 k intervals, so that the scaled one, too, has its last
+    pixel on the grid of a stride (513 x 0.5 is 257; tensorflow/models, research/deeplab/model.py).
+    """
     if scale == 1:
         return image
-    size = [max(1, round(length * scale)) for length in image.shape[:2]]
+    on_grid = [int(align_corners and length % 16 == 1) for length in image.shape[:2]]
+    size = [max(1, round((length - one) * scale) + one) for length, one in zip(image.shape, on_grid, strict=False)]
     x = F.interpolate(image.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True)
     return x.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
 

@@ -130,6 +130,20 @@ def test_readme_shows_the_committed_results():
     assert report.DEFAULT.with_suffix(".png").exists()
 
 
+def test_readme_states_the_recorded_times_of_whole_networks():
+    results = json.loads(report.DEFAULT.read_text())["results"]
+    readme = " ".join((report.ROOT / "README.md").read_text().split())
+    times_faster = []
+    for kind, shape in (("training step", "4x256x256"), ("image to labels", "512x1024")):
+        for dtype in ("bf16", "fp32"):
+            group = results[f"{kind} mobilenet_v2 {shape} {dtype}"]
+            ratio = f"{group['eager']['ratio']:.1f}"
+            assert f"{group['native']['median_ms']:.0f} ms in {dtype}" in readme and f"({ratio} x)" in readme
+            times_faster += [ratio] * (dtype == "bf16")
+    step, image = times_faster
+    assert f"a training step is {step} times and an image to its label map {image} times as fast" in readme
+
+
 def test_report_writes_tables_and_picture(tmp_path, monkeypatch):
     rows = {"median_ms": 1.0, "ratio": 1.0, "gb_s": 4.0, "share_of_copy": 0.5, "cold_ms": 2.0, "peak_mb": 1.5}
     eager = rows | {"median_ms": 3.0, "ratio": 3.1, "cold_ms": 8.0, "peak_mb": 30.0}

@@ -41,6 +41,23 @@ def test_parameter_count(name: str, classes: int, fields: dict, count: int) -> N
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "features"),
+    [
+        ("resnet18", 11_689_512, 512),
+        ("resnet34", 21_797_672, 512),
+        ("resnet50", 25_557_032, 2048),
+        ("resnet101", 44_549_160, 2048),
+        ("resnet152", 60_192_808, 2048),
+    ],
+)
+def test_resnets_have_the_parameters_of_torchvisions_classifiers(name: str, count: int, features: int) -> None:
+    """Those of torchvision's documentation, with 1,000 classes."""
+    with torch.device("meta"):
+        backbone = build_model(backbone=name, **SMALL).backbone
+    assert sum(p.numel() for p in backbone.parameters()) + 1000 * features + 1000 == count
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(65, 97), (33, 50)])
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
@@ -102,6 +119,37 @@ def test_basic_block_dilations() -> None:
     with torch.device("meta"):
         model = build_model(backbone="resnet18", first_block_dilation="previous", **SMALL)
     assert last_stages(model) == [[1, 1, 1, 1], [1, 2, 2, 2]]
+
+
+@torch.no_grad()
+def test_beta_stem_is_three_convolutions_with_norms_between() -> None:
+    torch.manual_seed(0)
+    backbone = build_model(backbone="resnet18", beta_stem=True, **SMALL).backbone.eval()
+    first, norm, _, second, other, _, third = backbone.conv1
+    for module in (norm, other, backbone.bn1):
+        nn.init.uniform_(module.weight, 0.5, 1.5)
+        nn.init.uniform_(module.bias, -0.5, 0.5)
+    x = torch.randn(1, 3, 33, 50)
+    y = norm(F.conv2d(x, first.weight, stride=2, padding=1)).relu()
+    y = other(F.conv2d(y, second.weight, padding=1)).relu()
+    y = backbone.bn1(F.conv2d(y, third.weight, padding=1)).relu()
+    expected = backbone.layer1(F.max_pool2d(y, 3, stride=2, padding=1))
+    assert expected.shape == (1, 64, 9, 13)
+    torch.testing.assert_close(backbone(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dropout_after_the_projection_in_training_only() -> None:
+    torch.manual_seed(0)
+    model = build_model("deeplabv3", backbone="resnet18", dropout=0.5, **SMALL)
+    seen = []
+    model.aspp.project.register_forward_hook(lambda _m, _x, y: seen.append(y))
+    x = torch.randn(2, 512, 9, 9)
+    for training, share in ((True, 0.5), (False, 0.0)):
+        y = model.aspp.train(training)(x)
+        positive = seen[-1] > 0
+        assert (y[positive] == 0).float().mean().item() == pytest.approx(share, abs=0.05)
+        torch.testing.assert_close(y[y > 0], (seen[-1] / (1 - share))[y > 0])
 
 
 @pytest.mark.parametrize(("first", "expected"), [("stage", [2, 2, 2, 2]), ("previous", [1, 2, 2, 2])])

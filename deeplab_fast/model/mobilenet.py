@@ -6,6 +6,8 @@ of it: ASPP reads the 320 channels of features.17, as in TensorFlow's DeepLab.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -204,3 +206,9 @@ class MobileNetV2Zym1119(MobileNetV2):
         self.recompute = False
         self.auxiliary_channels = scaled(96, width_mult, width_divisor)
         self.out_channels = in_channels
+
+
+def shared_with_zym1119(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of torchvision's MobileNetV2 what `MobileNetV2Zym1119` has, too: the stem and features.2 to features.16."""
+    shared = {"0", *(str(i) for i in range(2, 17))}
+    return {k: v for k, v in state.items() if k.startswith("features.") and k.split(".")[1] in shared}

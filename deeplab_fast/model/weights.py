@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import tensorflow, timm_encoder, xception
+from . import mobilenet, tensorflow, timm_encoder, xception
 from .deeplab import DeepLab
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
@@ -28,13 +28,14 @@ IMAGENET = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
     "mobilenet_v2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+    "mobilenet_v2_zym1119": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
     "xception41": _TIMM + "tf_xception_41-e6439c97.pth",
     "xception65": _TIMM + "tf_xception_65-c9ae96e8.pth",
     "xception71": _TIMM + "tf_xception_71-8eec7df1.pth",
 }
 
 # What an ImageNet file holds beyond the backbone of a DeepLab.
-IMAGENET_HEADS = ("fc.", "classifier.", "features.18.")
+IMAGENET_HEADS = ("fc.", "classifier.", "features.18.0.", "features.18.1.")
 
 # The keys under which training scripts keep the state_dict.
 NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
@@ -54,7 +55,8 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
     source: the path of a file, or of a TensorFlow checkpoint (see `tensorflow.find_bundle`), a URL or a name in
     `IMAGENET`, whose downloads are kept in torch.hub's folder, or timm:NAME, whose are timm's.
     The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
-    (then its `backbone.` keys are taken) and ImageNet's classifier. Any other difference raises UserError.
+    (then its `backbone.` keys are taken) and ImageNet's classifier. A mobilenet_v2_zym1119 takes what it shares with
+    torchvision's file. Any other difference raises UserError.
     """
     if source.startswith(timm_encoder.PREFIX):
         state = timm_encoder.pretrained_state(source, model.output_stride)
@@ -75,6 +77,9 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
     if "blocks.0.stack.conv1.conv_dw.weight" in state:
         state = xception.from_timm(state)
     state = {k: v for k, v in state.items() if not k.startswith(IMAGENET_HEADS)}
+    torchvisions = "features.17.conv.3.weight" in state and "features.18.conv.3.weight" not in state
+    if torchvisions and isinstance(model.backbone, mobilenet.MobileNetV2Zym1119):
+        state = model.backbone.state_dict() | mobilenet.shared_with_zym1119(state)
     _explain_other_kind(model.backbone, state, path)
     _load(model.backbone, state, f"the backbone weights of {path}")
 

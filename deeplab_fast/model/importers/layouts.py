@@ -82,9 +82,31 @@ def smp(state: State) -> tuple[State, dict[str, Any]]:
     return rename(state, rules), fields | {"output_stride": 8}
 
 
+# A tensor of a backbone that this project does not have, and what that backbone is.
+_OTHER = {
+    "backbone.block20.rep.1.conv1.weight": (
+        "an Xception that is not xception65: its decoder reads the 128 channels of the first block, and the last three "
+        "convolutions have no ReLU between depthwise and pointwise"
+    ),
+    "backbone.block12.rep.1.conv1.weight": (
+        "Chollet's Xception: max pooling, and nothing between depthwise and pointwise convolutions; xception65 is the "
+        "aligned one"
+    ),
+    "backbone.layer0.0.weight": "a DRN",
+    "backbone.stage4.0.branches.0.0.conv1.weight": "an HRNet",
+    "backbone.features.0.0.weight": "a MobileNetV2",
+}
+
+
+def _other(state: State) -> str | None:
+    """The backbone of a file where it is no ResNet."""
+    unknown = None if "backbone.layer1.0.conv1.weight" in state else "another"
+    return next((text for key, text in _OTHER.items() if key in state), unknown)
+
+
 def jfzhang95(state: State) -> tuple[State, dict[str, Any]]:
-    if "backbone.layer1.0.conv1.weight" not in state:
-        raise UserError("of jfzhang95/pytorch-deeplab-xception the models with a ResNet can be read, this has another")
+    if other := _other(state):
+        raise UserError(f"of jfzhang95/pytorch-deeplab-xception the models with a ResNet can be read, this has {other}")
     rules: Rules = {}
     for i in range(4):
         aspp = f"aspp.aspp{i + 1}."
@@ -171,9 +193,9 @@ def vainf(state: State) -> tuple[State, dict[str, Any]]:
     fields: dict[str, Any] = {"first_block_dilation": "previous"}
     if any(k.startswith(features) for k in state):
         fields["backbone"] = "mobilenet_v2_vainf"
-    elif "backbone.layer1.0.conv1.weight" not in state:
+    elif other := _other(state):
         raise UserError(
-            "of VainF/DeepLabV3Plus-Pytorch the models with a ResNet or MobileNetV2 can be read, this has another"
+            f"of VainF/DeepLabV3Plus-Pytorch the models with a ResNet or MobileNetV2 can be read, this has {other}"
         )
     if "classifier.project.0.weight" not in state:
         rules |= torchvision_aspp("classifier.classifier.0.")
