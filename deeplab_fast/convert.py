@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved = content(loaded, command.classes)
     make_folder(command.output.parent)
     checkpoint.save(command.output, saved)
-    default = dataclasses.asdict(ModelConfig())
+    default = Config().to_dict()["model"]
     other = [f"{k} {v}" for k, v in saved["config"]["model"].items() if v != default[k]]
     print(f"{command.file}: {loaded.source}, {len(saved['classes']['names'])} classes; {', '.join(other)}")
     if loaded.left_over:
