@@ -62,15 +62,13 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         mean, var, count = synchronised.share_statistics(mean, var, pixels, group)
         if pixels < 2:
             _refuse_one_value(count, x)
-        with torch.no_grad():
-            if self.track_running_stats:
-                unbiased = var * (count / (count - 1))
-                if pixels == 0:  # all may be empty, and have no statistics
-                    mean_or_own = torch.where(count > 0, mean, self.running_mean)
-                    unbiased = torch.where(count > 0, unbiased, self.running_var)
-                    move_statistics(self, mean_or_own, unbiased)
-                else:
-                    move_statistics(self, mean, unbiased)
+        if self.track_running_stats:
+            with torch.no_grad():
+                moved = mean, var * (count / (count - 1))
+                if pixels == 0:  # maybe nobody has any
+                    own = self.running_mean, self.running_var
+                    moved = [torch.where(count > 0, new, old) for new, old in zip(moved, own, strict=True)]
+                move_statistics(self, *moved)
         weight = torch.ones_like(mean) if self.weight is None else self.weight.to(mean.dtype)
         bias = torch.zeros_like(mean) if self.bias is None else self.bias.to(mean.dtype)
         return synchronised.batch_norm_act(

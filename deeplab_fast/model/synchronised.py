@@ -4,7 +4,7 @@ Forward, every process sends (n, mean, n var) of its own pixels, 3 C numbers, an
 formula, in the order of the ranks: all get the same bits. A sum over processes of (n, sum, sum of squares) would be a
 smaller message for many of them, but loses the variance where the mean is far from zero, and its bits depend on the
 algorithm of the sum; the time of either is latency (C = 2048, 64 processes: 24 kB from each). Backward, sum_grad and
-sum_grad_xhat are added over the processes, 2 C numbers. Collectives are the functional ones, which torch.compile traces.
+sum_grad_xhat are added over the processes, 2 C numbers. torch.compile traces these collectives: functional ones.
 Source: Peng et al., "MegDet: A Large Mini-Batch Object Detector", section 3.3; Chan, Golub, LeVeque, 1979.
 """
 
@@ -42,7 +42,7 @@ processes._dynamo_marked_constant = True
 def share_statistics(mean: Tensor, var: Tensor, pixels: int, group: Group) -> tuple[Tensor, Tensor, Tensor]:
     """mean, biased variance (C,) and the number of pixels () of all processes, from those of each one's own batch.
 
-    All in the dtype of mean. A process without pixels takes part; where none has any, mean and variance are NaN.
+    All in the dtype of mean. A process without pixels takes part; where none has any, they are 0, 1 and 0.
     """
     if pixels:
         message = torch.stack((torch.full_like(mean, pixels), mean, var * pixels))
@@ -51,7 +51,11 @@ def share_statistics(mean: Tensor, var: Tensor, pixels: int, group: Group) -> tu
     collectives = torch.ops._c10d_functional
     gathered = collectives.wait_tensor(collectives.all_gather_into_tensor(message, group.size, group.name))
     partials = gathered.view(group.size, 3, -1)
-    return *ops.batch_norm_merge(partials), partials[:, 0, 0].sum()
+    mean, var = ops.batch_norm_merge(partials)
+    count = partials[:, 0, 0].sum()
+    if pixels:
+        return mean, var, count
+    return torch.where(count > 0, mean, 0), torch.where(count > 0, var, 1), count
 
 
 def batch_norm_act(
