@@ -223,7 +223,6 @@ def test_statistics_of_several_processes_merge(backend, device):
     assert batch_norm_merge(torch.zeros(2, 3, 5, device=device), backend=backend)[1].isnan().all()
     assert_close(mean, x.double().mean((0, 2, 3)))
     assert_close(var, x.double().var((0, 2, 3), correction=0))
-    assert all(values.isnan().all() for values in kernels.merge_statistics(torch.zeros(2, 3, 6, device=device)))
 
 
 @on_each_backend
