@@ -12,7 +12,7 @@ from .auxiliary import AuxiliaryHead
 from .decoder import Decoder
 from .layers import resize
 from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
-from .norm import NORMS
+from .norm import NORMS, SyncBatchNorm2d
 from .pixels import PIXELS, Pixels
 from .resnet import RESNETS, ResNet
 from .resnet_beta import RESNETS_BETA, ResNetBeta
@@ -75,7 +75,8 @@ class DeepLab(nn.Module):
         stride = self.output_stride
         values = n if self.aspp.pool is not None else n * -(-h // stride) * -(-w // stride)
         norm = self.aspp.project.norm
-        if values == 1 and type(norm) is nn.BatchNorm2d and norm.training:
+        alone = type(norm) is nn.BatchNorm2d or (type(norm) is SyncBatchNorm2d and norm.processes() is None)
+        if values == 1 and alone and norm.training:
             raise UserError(
                 f"batch normalisation cannot be trained on one value per channel, all that an input of "
                 f"{tuple(x.shape)} leaves in ASPP: expected a batch of 2, or norm group or frozen_batch"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from .norm import FrozenBatchNorm2d, make_conv, make_norm
+from .norm import FrozenBatchNorm2d, SyncBatchNorm2d, make_conv, make_norm, move_statistics
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -74,15 +74,16 @@ def _normalise(
     x: Tensor, mean: Tensor, var: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None
 ) -> Tensor:
     """Batch norm in training with the statistics of x, which also move the running ones, as nn.BatchNorm2d does."""
+    if type(norm) is SyncBatchNorm2d and (group := norm.processes()):
+        return norm.normalise(x, mean, var, group, activation, residual)
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        if count:  # an empty batch has no statistics
-            share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, share)
-            norm.running_var.lerp_(var * (count / (count - 1)), share)
+        if count:
+            move_statistics(norm, mean, var * (count / (count - 1)))
+        else:  # an empty batch has no statistics
+            norm.num_batches_tracked.add_(1)
     return ops.batch_norm_act(x, mean, var, norm.weight, norm.bias, residual, eps=norm.eps, activation=activation)
 
 
@@ -128,7 +129,7 @@ def _is_plain_pointwise(conv: nn.Module) -> bool:
 
 def _is_plain_batch_norm(norm: nn.Module) -> bool:
     return (
-        is_plain(norm, nn.BatchNorm2d, FrozenBatchNorm2d)
+        is_plain(norm, nn.BatchNorm2d, SyncBatchNorm2d, FrozenBatchNorm2d)
         and norm.affine
         and norm.track_running_stats
         and norm.running_mean is not None

@@ -5,9 +5,9 @@ Importing this registers all of them with torch and imports no kernel.
 
 from __future__ import annotations
 
-from . import batch_norm_act_backward  # noqa: F401 - registers what batch_norm_act's gradient is made of
 from .augment_image import augment_image, augment_image_mask
-from .batch_norm_act import batch_norm_act, batch_norm_act_inference, batch_norm_statistics
+from .batch_norm_act import batch_norm_act, batch_norm_act_inference, batch_norm_merge, batch_norm_statistics
+from .batch_norm_act_backward import batch_norm_act_backward, batch_norm_act_backward_reduce
 from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
@@ -23,7 +23,10 @@ __all__ = [
     "augment_image",
     "augment_image_mask",
     "batch_norm_act",
+    "batch_norm_act_backward",
+    "batch_norm_act_backward_reduce",
     "batch_norm_act_inference",
+    "batch_norm_merge",
     "batch_norm_statistics",
     "confusion_matrix",
     "depthwise_conv",
