@@ -124,7 +124,8 @@ class ModelConfig:
     align_corners: bool = False
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
-    """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+    """normalisation; sync_batch is batch over all processes, and takes its place where there are
+    several and the flag is not given; group comes with weight standardisation"""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """ResNet only: what follows a norm, in the head too; leaky_relu has InPlaceABN's slope of 0.01"""
     aspp_activation: bool = True
@@ -145,7 +146,7 @@ class OptimConfig:
     """Loss, optimiser and schedule."""
 
     batch_size: int = 16
-    """images in one forward pass"""
+    """images in one forward pass, of all processes together where there are several"""
     accumulate: int = 1
     """forward passes in one optimiser step"""
     steps: int = 30_000

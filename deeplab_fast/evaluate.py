@@ -16,13 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
-from .cli import run_command
+from .cli import parse_flags, run_command
 from .config import DataConfig, DataName, Year
 from .data.augment import PAD_VALUE
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
 from .data.protocol import CentreCrop, Padded
-from .device import describe, resolve_device, resolve_precision, set_allocator
+from .device import describe, resolve_precision, set_allocator
+from .distributed import ALONE, Processes, start
 from .errors import UserError
 from .files import atomic_path, make_folder
 from .inference import DEFAULT_OVERLAP, evaluate_dataset
@@ -142,11 +143,14 @@ def _how(command: EvaluateCommand) -> str:
     return "".join(f", {part}" for part in parts)
 
 
-def evaluate(command: EvaluateCommand) -> dict[str, Any]:
-    """Run the command: prints the table, writes the files and returns what --json holds."""
+def evaluate(command: EvaluateCommand, processes: Processes = ALONE) -> dict[str, Any]:
+    """Run the command: prints the table, writes the files and returns what --json holds.
+
+    Of several processes each writes the masks of its images.
+    """
     if command.json is not None:
         check_json(command.json)
-    device = resolve_device(command.device)
+    device = processes.device(command.device)
     dtype = resolve_precision(command.precision, device)
     model, config, classes = checkpoint.load_model(command.checkpoint, device, output_stride=command.output_stride)
     data = choose_data(config.data, command.data, command.root, command.year)
@@ -162,7 +166,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         make_folder(folder)
 
     print(f"{command.checkpoint} on {data.name} {dataset.split}{_how(command)}; {describe(device, dtype)}")
-    bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
+    quiet = None if processes.is_main else True
+    bar = tqdm(total=len(processes.every(len(dataset))), unit="image", dynamic_ncols=True, disable=quiet)
 
     def save(index: int, prediction: Tensor) -> None:
         labels = prediction.cpu().numpy()
@@ -183,6 +188,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             overlap=command.overlap,
             scales=command.scales,
             flip=command.flip,
+            processes=processes,
         )
     speed = len(dataset) / (time.perf_counter() - began)
     print(f"\n{format_table(result, classes.names)}\n\n{len(dataset)} images, {speed:.1f} images/s")
@@ -200,14 +206,14 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> int:
     """The command line; a user's mistake raises UserError."""
-    command = tyro.cli(EvaluateCommand, prog="python -m deeplab_fast.evaluate", args=argv)
+    command = parse_flags(EvaluateCommand, processes, prog="python -m deeplab_fast.evaluate", args=argv)
     set_allocator()
-    result = evaluate(command)
+    result = evaluate(command, processes)
     if command.output:
         print(f"masks in {command.output}")
-    if command.json:
+    if command.json and processes.is_main:
         with atomic_path(command.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
         print(f"scores in {command.json}")
@@ -215,4 +221,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, start)

@@ -15,9 +15,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import camvid, ratios, report
+from benchmarks import camvid, ratios, report, scaling
 from deeplab_fast import device
 from deeplab_fast.ops import native
+from deeplab_fast.presets import PRESETS
 from deeplab_fast.testing import SKIPPED_BACKEND
 from tests.conftest import backend_summary
 
@@ -206,3 +207,27 @@ def test_the_summary_names_what_was_not_tested():
         "  2 cuda: no device: a, b",
     ]
     assert backend_summary(skipped[3:]) == ""
+
+
+def test_the_cost_of_several_processes_is_what_the_model_says():
+    """scaling.md is the text that the figures give, and its limits are right."""
+    assert (ratios.FOLDER / "scaling.md").read_text() == scaling.report()
+    cluster = scaling.Cluster()
+    assert scaling.large_message(1e9, 1, cluster) == 0
+    # Two nodes: 7/8 of the bytes twice within, half of an eighth twice between.
+    expected = (
+        2 * 7 / 8 * 1e9 / cluster.nvlink + 2 / 2 * 1e9 / 8 / cluster.infiniband + cluster.launch + 2 * cluster.hop
+    )
+    assert scaling.large_message(1e9, 16, cluster) == pytest.approx(expected)
+    sent = scaling.messages(scaling.model_of(PRESETS["camvid"]()), synchronised=True)
+    assert scaling.step(sent, 1.0, 1, cluster).efficiency == 1
+    shares = [scaling.step(sent, 0.05, count, cluster).efficiency for count in scaling.COUNTS]
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 1
+
+
+def test_messages_are_counted_from_the_model():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 2, 1)).train()
+    model[2].requires_grad_(False)
+    sent = scaling.messages(model, synchronised=True)
+    assert sent == scaling.Messages((8 * 27 + 8 + 16) * 4, 1, 3 * 8 * 4, 2 * 8 * 4, 32)
+    assert scaling.messages(model, synchronised=False)[1:4] == (0, 0, 0)
