@@ -12,6 +12,7 @@ from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
 from .dispatch import has_kernel
+from .kth_largest import kth_largest
 from .normalize_image import normalize_image
 from .separable_conv import separable_conv
 from .upsample_argmax import upsample_argmax
@@ -31,6 +32,7 @@ __all__ = [
     "depthwise_conv_rates",
     "depthwise_conv_statistics",
     "has_kernel",
+    "kth_largest",
     "normalize_image",
     "separable_conv",
     "upsample_argmax",
