@@ -14,7 +14,7 @@ from .depthwise_conv_backward import depthwise_conv_backward
 from .dispatch import has_kernel
 from .kth_largest import kth_largest
 from .normalize_image import normalize_image
-from .separable_conv import separable_conv
+from .separable_conv import separable_conv, separable_conv_concat
 from .upsample_argmax import upsample_argmax
 from .upsample_concat import upsample_concat
 from .upsample_confusion_matrix import upsample_confusion_matrix
@@ -35,6 +35,7 @@ __all__ = [
     "kth_largest",
     "normalize_image",
     "separable_conv",
+    "separable_conv_concat",
     "upsample_argmax",
     "upsample_concat",
     "upsample_confusion_matrix",
