@@ -14,7 +14,7 @@ from torch import Tensor
 from .config import OptimConfig
 from .data.labels import IGNORE
 from .distributed import ALONE, Processes
-from .ops import upsample_cross_entropy
+from .ops import kth_largest, upsample_cross_entropy
 from .order import largest_of_all
 
 # Below it (1 - p) ** gamma with gamma under 1 has a slope that fp32 cannot hold.
@@ -140,16 +140,13 @@ def hard_pixels(
 
 
 def _largest(losses: Tensor, share: float, processes: Processes = ALONE) -> Tensor:
-    """fp32 (): the smallest of the largest `share` of the values; infinite where that is none of them.
-
-    By topk, not kthvalue: on a GPU that is one thread block's work, and has no repeatable form.
-    """
+    """fp32 (): the smallest of the largest `share` of the values; infinite where that is none of them."""
     if processes.size > 1:
         return largest_of_all(losses, share, processes)
     count = round(share * losses.numel())
     if not count:
         return losses.new_full((), math.inf)
-    return losses.flatten().topk(count, sorted=False).values.amin()
+    return kth_largest(losses, count)
 
 
 def focal_loss_sum(

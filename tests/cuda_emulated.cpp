@@ -11,8 +11,7 @@ thread_local char message[512];
 template <class Run>
 const char* reporting(Run run) {
     try {
-        emulator::allowed = 48 << 10;
-        emulator::launches = 0;
+        emulator::launches = emulator::questions = 0;
         run();
         return nullptr;
     } catch (const std::exception& error) {
@@ -21,7 +20,7 @@ const char* reporting(Run run) {
     }
 }
 
-constexpr int kDevice = 3;
+int device = 0;  // that `configure` described last
 
 }  // namespace
 
@@ -29,13 +28,15 @@ extern "C" {
 
 void configure(int shared_limit, int multiprocessors, int descending) {
     emulator::settings = {shared_limit, multiprocessors, descending != 0};
+    device = emulator::device_like(emulator::settings);
 }
 
-// launches, blocks, threads, bytes of shared memory, stream, device at the launch, device afterwards
+// launches, blocks, threads, bytes of shared memory, stream, device at the launch, device afterwards, the device that
+// was asked for, questions to the driver
 void last_launch(int64_t* out) {
     const emulator::Launch& l = emulator::last;
     const int64_t values[] = {emulator::launches, l.blocks, l.threads, static_cast<int64_t>(l.shared),
-                              reinterpret_cast<int64_t>(l.stream), l.device, emulator::current_device};
+                              reinterpret_cast<int64_t>(l.stream), l.device, emulator::current_device, device, emulator::questions};
     std::memcpy(out, values, sizeof(values));
 }
 
@@ -51,7 +52,11 @@ const char* confusion_matrix(const void* prediction, int prediction_type, const 
                                 ignore,
                                 counts,
                                 out_of_range};
-    return reporting([&] { cuda::confusion_matrix(args, kDevice, stream); });
+    return reporting([&] { cuda::confusion_matrix(args, device, stream); });
+}
+#elif ENTRY == 4
+const char* kth_largest(const float* x, int64_t size, int64_t k, float* value, int64_t* counts, void* stream) {
+    return reporting([&] { cuda::kth_largest({x, size, k, value}, counts, device, stream); });
 }
 #else
 namespace {
@@ -69,7 +74,7 @@ UpsampleArgmaxArgs upsample_args(const void* logits, int type, const int64_t* g,
 const char* upsample_argmax(const void* logits, int type, const int64_t* geometry, int align_corners, uint8_t* labels,
                             void* stream) {
     const UpsampleArgmaxArgs args = upsample_args(logits, type, geometry, align_corners, labels);
-    return reporting([&] { cuda::upsample_argmax(args, kDevice, stream); });
+    return reporting([&] { cuda::upsample_argmax(args, device, stream); });
 }
 // Source pixels that a group spans along an axis; 0: the kernel reads global memory. Then classes at a time.
 void planned(const int64_t* geometry, int align_corners, int64_t* out) {
@@ -87,7 +92,7 @@ const char* upsample_confusion_matrix(const void* logits, int type, const int64_
                                         ignore,
                                         counts,
                                         out_of_range};
-    return reporting([&] { cuda::upsample_confusion_matrix(args, kDevice, stream); });
+    return reporting([&] { cuda::upsample_confusion_matrix(args, device, stream); });
 }
 #endif
 #endif

@@ -18,8 +18,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __CUDACC__
@@ -57,11 +59,23 @@ struct Launch {
     int device;
 };
 
-inline Settings settings{227 << 10, 2, false};
+constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that a kernel has without asking
+
+inline std::vector<std::pair<int, int>> devices;  // shared_limit and multiprocessors, which no device changes
+inline Settings settings{227 << 10, 2, false};     // of the device that is called next
 inline Launch last{};
-inline int launches = 0;
+inline int launches = 0, questions = 0;  // questions: calls of the driver about a device or a kernel
 inline int current_device = 7;
-inline size_t allowed = 48 << 10;
+inline std::map<std::pair<const void*, int>, size_t> allowed;  // to a kernel of a device
+
+// The number of a device with these settings: a new one where there is none yet.
+inline int device_like(const Settings& wanted) {
+    const std::pair<int, int> facts{wanted.shared_limit, wanted.multiprocessors};
+    size_t i = 0;
+    while (i < devices.size() && devices[i] != facts) ++i;
+    if (i == devices.size()) devices.push_back(facts);
+    return static_cast<int>(i);
+}
 
 struct Fiber {
     ucontext_t context;
@@ -147,9 +161,12 @@ inline void run_block(unsigned threads) {
 }
 
 // What `kernel<<<blocks, threads, shared, stream>>>(...)` is turned into.
-inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream, const std::function<void()>& kernel) {
+inline void launch(const void* address, unsigned blocks, unsigned threads, size_t bytes, void* stream,
+                   const std::function<void()>& kernel) {
     if (blocks == 0 || threads == 0 || threads > 1024) throw std::runtime_error("an empty or too large launch");
-    if (bytes > allowed || bytes > static_cast<size_t>(settings.shared_limit))
+    const auto asked = allowed.find({address, current_device});
+    const size_t most = asked == allowed.end() ? kUnasked : asked->second;
+    if (bytes > most || bytes > static_cast<size_t>(settings.shared_limit))
         throw std::runtime_error("more shared memory than was asked for");
     last = {blocks, threads, bytes, stream, current_device};
     ++launches;
@@ -164,6 +181,7 @@ inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream
             if (memory[i] != 0xff || memory[kGuard + bytes + i] != 0xff)
                 throw std::runtime_error("a write outside of shared memory");
     }
+    body = nullptr;
 }
 
 }  // namespace emulator
@@ -234,19 +252,23 @@ inline cudaError_t cudaSetDevice(int device) {
     emulator::current_device = device;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    *value = name == cudaDevAttrMultiProcessorCount ? emulator::settings.multiprocessors
-                                                    : emulator::settings.shared_limit;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+    ++emulator::questions;
+    if (device < 0 || device >= static_cast<int>(emulator::devices.size())) return cudaErrorInvalidValue;
+    const auto& [shared_limit, multiprocessors] = emulator::devices[static_cast<size_t>(device)];
+    *value = name == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_limit;
     return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+    ++emulator::questions;
     if (value > emulator::settings.shared_limit) return cudaErrorInvalidValue;
-    emulator::allowed = static_cast<size_t>(value);
+    emulator::allowed[{reinterpret_cast<const void*>(kernel), emulator::current_device}] = static_cast<size_t>(value);
     return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+    ++emulator::questions;
     *blocks = 2;
     return cudaSuccess;
 }

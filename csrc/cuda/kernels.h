@@ -3,6 +3,7 @@
 #pragma once
 
 #include "../confusion_matrix.h"
+#include "../kth_largest.h"
 #include "../upsample_argmax.h"
 #include "../upsample_confusion_matrix.h"
 
@@ -11,6 +12,8 @@ using CudaStream = void*;  // cudaStream_t
 namespace cuda {
 
 void confusion_matrix(const ConfusionArgs& args, int device, CudaStream stream);
+// counts: zeros (kDigits, kBins)
+void kth_largest(const KthLargestArgs& args, int64_t* counts, int device, CudaStream stream);
 void upsample_argmax(const UpsampleArgmaxArgs& args, int device, CudaStream stream);
 void upsample_confusion_matrix(const UpsampleConfusionArgs& args, int device, CudaStream stream);
 

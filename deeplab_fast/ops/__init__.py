@@ -12,8 +12,9 @@ from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
 from .dispatch import has_kernel
+from .kth_largest import kth_largest
 from .normalize_image import normalize_image
-from .separable_conv import separable_conv
+from .separable_conv import separable_conv, separable_conv_concat
 from .upsample_argmax import upsample_argmax
 from .upsample_concat import upsample_concat
 from .upsample_confusion_matrix import upsample_confusion_matrix
@@ -34,8 +35,10 @@ __all__ = [
     "depthwise_conv_rates",
     "depthwise_conv_statistics",
     "has_kernel",
+    "kth_largest",
     "normalize_image",
     "separable_conv",
+    "separable_conv_concat",
     "upsample_argmax",
     "upsample_concat",
     "upsample_confusion_matrix",
