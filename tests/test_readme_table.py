@@ -37,12 +37,6 @@ WITHOUT_TEST = ("not offered", "not yet")
 # Commands and tests that are written elsewhere and not merged yet. One that is there has to leave this list.
 PLANNED: frozenset[str] = frozenset(
     {
-        "test_distributed.py::test_training_is_that_of_one_process",
-        "test_distributed.py::test_shares_make_up_the_batches",
-        "test_distributed.py::test_another_number_goes_on_where_one_stopped",
-        "test_distributed.py::test_scores_and_masks_are_those_of_one_process",
-        "test_sync_batch_norm.py::test_equals_one_process_with_all_images",
-        "test_sync_batch_norm.py::test_one_process_sends_nothing_and_is_plain_batch_norm",
         "test_tf_importers.py::test_a_built_model_computes_the_graph_of_the_checkpoint",
         "test_tf_bundle.py::test_what_was_written_is_read",
         "test_tflite.py::test_a_file_becomes_the_model_that_it_was",
