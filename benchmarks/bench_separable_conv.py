@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.shapes import SEPARABLE, TINY
-from deeplab_fast.ops import dispatch, separable_conv
+from deeplab_fast.ops import dispatch, separable_conv, separable_conv_concat
 from deeplab_fast.ops.separable_conv import separable_conv_reference
 from deeplab_fast.testing import assert_close
 
@@ -104,3 +104,63 @@ def bench_separable_conv(timed, device, name, dtype, variant):
     run, flops = runner(name, dtype, variant, device), 2 * x.numel() * pointwise.shape[0]  # the product's
     with torch.inference_mode():
         timed(f"{OP} {name} {dtype}", variant, run, check, bytes_moved, flops)
+
+
+RATES = {"aspp": (6, 12, 18), "aspp_mobile": (6, 12, 18), "tiny": (1, 3, 5)}
+CONCAT = "separable_conv_concat"
+
+
+@functools.cache
+def branches(name: str, dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """ASPP's 1x1 branch and its pooled one, which are no separable convolutions, and x."""
+    x, m = inputs(name, dtype, device)[0], SEPARABLE[name][1]
+    random = torch.Generator().manual_seed(1)
+    first = torch.randn(x.shape[0], m, *x.shape[2:], generator=random).to(device, DTYPES[dtype])
+    last = torch.randn(x.shape[0], m, 1, 1, generator=random).to(device, DTYPES[dtype])
+    return x, first.contiguous(memory_format=torch.channels_last), last
+
+
+def side_by_side(x: Tensor, first: Tensor, last: Tensor, separable: Callable[[int], Tensor], name: str) -> Tensor:
+    parts = [first, *(separable(rate) for rate in RATES[name]), torch.empty_like(first).copy_(last)]
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("variant", ["native", "triton", "one_by_one", "eager"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", [name for name in SEPARABLE if name in RATES])
+def bench_separable_conv_concat(timed, device, name, dtype, variant):
+    """one_by_one: the fused branches, then torch.cat."""
+    _, depthwise, pointwise, *norms = inputs(name, dtype, device)
+    x, first, last = branches(name, dtype, device)
+    rates = list(RATES[name])
+    lists = [[t] * len(rates) for t in (depthwise, pointwise, *norms)]
+    names = ("depthwise_scales", "depthwise_shifts", "scales", "shifts")
+    options = {"dilations": rates, "depthwise_activation": "relu", "activation": "relu"}
+    options |= dict(zip(names, lists[2:], strict=True))
+    if variant in dispatch.OPS[CONCAT].backends:
+        flat = [pointwise.flatten(1)] * len(rates)
+        rest = (lists[0], flat, *lists[2:4], "relu", *lists[4:], "relu", rates)
+        if reason := dispatch.explain(CONCAT, x, first, last, *rest)[variant]:
+            pytest.skip(reason)
+        run = lambda: separable_conv_concat(x, first, last, *lists[:2], **options, backend=variant)  # noqa: E731
+    elif variant == "one_by_one":
+        single = dict(zip((n[:-1] for n in names), norms, strict=True))
+        single |= {"depthwise_activation": "relu", "activation": "relu"}
+        separable = lambda rate: separable_conv(x, depthwise, pointwise, **single, dilation=rate)  # noqa: E731
+        run = lambda: side_by_side(x, first, last, separable, name)  # noqa: E731
+    else:
+        separable = lambda rate: layers(x, depthwise, pointwise, *norms, dilation=rate, pad=False)  # noqa: E731
+        run = lambda: side_by_side(x, first, last, separable, name)  # noqa: E731
+
+    def check(y: Tensor) -> None:
+        if variant in dispatch.OPS[CONCAT].backends:
+            assert dispatch.last_backend(CONCAT) == variant
+        wide = [t.float() for t in (x, depthwise, pointwise.flatten(1))]
+        affines = (*norms[:2], "relu", *norms[2:], "relu")
+        reference = lambda rate: separable_conv_reference(*wide, *affines, rate)  # noqa: E731
+        assert_close(y, side_by_side(x, first.float(), last.float(), reference, name))
+
+    # x is read once for each rate, as long as it does not stay in a cache; first is read, the result written.
+    bytes_moved = x.element_size() * (len(rates) * x.numel() + (3 + len(rates)) * first.numel())
+    with torch.inference_mode():
+        timed(f"{CONCAT} {name} {dtype}", variant, run, check, bytes_moved, 2 * len(rates) * x.numel() * first.shape[1])

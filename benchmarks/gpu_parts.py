@@ -32,7 +32,7 @@ TESTS = {
     "others": ("",),
 }
 HALVES = {"": "not (fp32 or float32)", "-fp32": "fp32 or float32"}  # of an op's benchmark; bf16 is what matters
-ONE_HALF = ("augment_image", "confusion_matrix")  # integers alone
+ONE_HALF = ("augment_image", "confusion_matrix", "kth_largest")  # of one type alone
 SANITIZERS = ("memcheck", "racecheck")
 
 

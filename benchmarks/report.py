@@ -27,7 +27,9 @@ COLUMNS = {
     "this op in plain torch": "reference",
     "autocast": "autocast",
     "max-autotune": "compile_max",
+    "ours in Triton": "triton",
     "ours in a graph": "ours+graph",
+    "ours in Triton in a graph": "triton+graph",
     "eager in a graph": "eager+graph",
     "torch.compile in a graph": "compile+graph",
     "max-autotune in a graph": "compile_max+graph",
@@ -64,8 +66,14 @@ def tables(about: dict[str, Any], *, whole: bool = False) -> str:
 
 
 def _named(rows: dict[str, dict[str, float]], variant: str) -> dict[str, float]:
-    """A variant's row, empty where there is none; "ours" as the first part of a name is what our rows are called."""
-    return rows.get(re.sub(r"^ours\b", ours(rows), variant), {})
+    """A variant's row, empty where there is none; "ours" as the first part of a name is what our rows are called.
+
+    Empty too for one of OURS by its own name where it is what the others are compared with.
+    """
+    mine = ours(rows)
+    if re.match(rf"{mine}\b", variant):
+        return {}
+    return rows.get(re.sub(r"^ours\b", mine, variant), {})
 
 
 def _table(results: dict[str, dict[str, dict[str, float]]], key: str, share: str | None) -> list[str]:

@@ -94,6 +94,8 @@ IMAGES = {
     "camvid": (8, 352, 352),  # one batch of crops
     "cityscapes": (1, 1024, 2048),  # one validation image
 }
+# (N, H, W) of losses at label resolution
+PIXEL_LOSSES = {"cityscapes": (8, 512, 1024)}
 # What takes their place on a GPU (`use_gpu_sizes`): training batches and large images fill one; a single small image
 # shows what a launch costs.
 _ASPP_GPU = (16, 2048, 32, 32)  # ResNet, 16 crops of 512 x 512, output stride 16: 67 MB in bf16
@@ -158,6 +160,7 @@ GPU_SIZES = {
         "ade20k": ((16, 150, 128, 128), (512, 512)),
     },
     "IMAGES": {"cityscapes": (16, 769, 769), "cityscapes image": (1, 1024, 2048)},
+    "PIXEL_LOSSES": {"cityscapes": (8, 512, 1024), "voc": (16, 513, 513)},
     "LABEL_MAPS": {
         "cityscapes": ((8, 1024, 2048), 19),
         "voc": ((16, 513, 513), 21),
@@ -187,5 +190,6 @@ if TINY:
     DECODERS_TRAINED = {"tiny": ((2, 20, 3, 4), (5, 9, 11))}
     CROPS = {"tiny": ((33, 47), (20, 60), (-1, 18, 5, 40))}
     IMAGES = {"tiny": (2, 19, 23)}
+    PIXEL_LOSSES = {"tiny": (2, 19, 23)}
     LABEL_MAPS = {"tiny": ((1, 33, 47), 5)}
     TRAINING = INFERENCE = {"mobilenet_v2 tiny": ("mobilenet_v2", (2, 33, 65))}

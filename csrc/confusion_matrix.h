@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define HOST_DEVICE __host__ __device__
-#else
-#define HOST_DEVICE
-#endif
+#include "host_device.h"
 
 // Element types of label maps, in the order of LABEL_DTYPES in deeplab_fast/ops/native.py.
 enum class LabelType : int { u8, i8, i16, i32, i64 };

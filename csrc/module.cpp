@@ -82,6 +82,7 @@ PYBIND11_MODULE(_C, m) {
     bind_confusion_matrix(m);
     bind_depthwise_conv(m);
     bind_depthwise_conv_backward(m);
+    bind_kth_largest(m);
     bind_normalize_image(m);
     bind_separable_conv(m);
     bind_upsample_argmax(m);

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .config import Config
+from .config import Config, ModelConfig
 from .data.labels import Classes
 from .errors import UserError
 from .files import atomic_path
@@ -56,13 +56,35 @@ def build(config: Config, classes: Classes) -> DeepLab:
     return build_model(num_classes=len(classes.names), **dataclasses.asdict(config.model))
 
 
-def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[DeepLab, Config, Classes]:
-    """The model of a checkpoint in eval mode on `device`, the config that it was trained with, and its classes.
+def at_output_stride(model: ModelConfig, output_stride: int) -> ModelConfig:
+    """The same weights' model with denser or coarser last features (DeepLabv3, section 4.1).
 
-    The weights are channels-last where `config.run.channels_last` is set, as the inputs are.
+    ASPP's rates follow, so that its taps stay where they were in the image: doubled from output stride 16 to 8.
+    """
+    rates = model.atrous_rates
+    if rates is not None:
+        scaled = [rate * model.output_stride for rate in rates]
+        if any(length % output_stride for length in scaled):
+            raise UserError(
+                f"--output-stride {output_stride}: ASPP's rates {rates} at output stride {model.output_stride} would "
+                "not stay whole numbers"
+            )
+        rates = tuple(length // output_stride for length in scaled)
+    return dataclasses.replace(model, output_stride=output_stride, atrous_rates=rates)
+
+
+def load_model(
+    path: str | Path, device: torch.device | str = "cpu", *, output_stride: int | None = None
+) -> tuple[DeepLab, Config, Classes]:
+    """The model of a checkpoint in eval mode on `device`, its config, and its classes.
+
+    The weights are channels-last where `config.run.channels_last` is set, as the inputs are. output_stride: see
+    `at_output_stride`; None: the one that it was trained at.
     """
     content = load(path)
     config, classes = Config.from_dict(content["config"]), classes_from_dict(content["classes"])
+    if output_stride is not None:
+        config = dataclasses.replace(config, model=at_output_stride(config.model, output_stride))
     model = build(config, classes)
     model.load_state_dict(content["model"])
     memory_format = torch.channels_last if config.run.channels_last else torch.preserve_format

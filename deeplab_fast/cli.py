@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
 import signal
 import sys
+import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeVar
 
 import tyro
 
 from . import checkpoint
 from .config import Config
-from .errors import UserError
+from .distributed import ALONE, Processes, lost_contact
+from .errors import Stopped, UserError
 from .presets import PRESETS, smoke
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,9 @@ class TrainCommand:
     output_given: tyro.conf.Suppress[bool] = False
 
 
+_ONE_CTRL_C = 5.0
+"""Seconds within which several signals are one request."""
+
 # What a resumed run may change: nothing that the numbers depend on.
 _FREE_ON_RESUME = {"data.root", "data.workers", "data.check"} | {
     f"run.{name}"
@@ -52,7 +63,7 @@ _FREE_ON_RESUME = {"data.root", "data.workers", "data.check"} | {
 }
 
 
-def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any] | None]:
+def parse_train(argv: Sequence[str] | None, processes: Processes = ALONE) -> tuple[TrainCommand, dict[str, Any] | None]:
     """The command, and the content of the checkpoint that it goes on from, if any."""
     argv = list(sys.argv[1:] if argv is None else argv)
     resume, preset = _value_of(argv, "--resume"), _value_of(argv, "--preset")
@@ -66,6 +77,8 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
         )
     if resume is not None:
         resumed, config = _read_run(Path(resume))
+        if resumed["training"].get("processes", 1) == 1:
+            config = _synchronise(config, processes)
     else:
         name = preset or _value_of(argv, "--data") or "scenes"
         if preset is not None and preset not in PRESETS:
@@ -73,8 +86,9 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
         # An unknown --data is tyro's to report.
         config = PRESETS.get(name, PRESETS["scenes"])()
         config = smoke(config) if small else config
-    command = tyro.cli(
+    command = parse_flags(
         TrainCommand,
+        processes,
         prog="python -m deeplab_fast.train",
         default=TrainCommand(preset=preset, smoke=small, config=config),
         args=argv,
@@ -85,7 +99,23 @@ def parse_train(argv: Sequence[str] | None) -> tuple[TrainCommand, dict[str, Any
     if resumed is not None:
         _check_unchanged(config, command.config, resume)
         given = False
+    elif _value_of(argv, "--norm") is None:
+        command = dataclasses.replace(command, config=_synchronise(command.config, processes))
     return dataclasses.replace(command, output_given=given), resumed
+
+
+def parse_flags(command: type[T], processes: Processes = ALONE, **options: Any) -> T:
+    """tyro.cli, whose message one process is enough to print."""
+    with contextlib.nullcontext() if processes.is_main else contextlib.redirect_stderr(io.StringIO()):
+        return tyro.cli(command, **options)
+
+
+def _synchronise(config: Config, processes: Processes) -> Config:
+    """Batch norm over the whole batch, as one process has it, where several share the batch."""
+    model = config.model
+    if processes.size == 1 or model.norm != "batch" or model.backbone.startswith("timm:"):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(model, norm="sync_batch"))
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
@@ -123,24 +153,37 @@ def _check_unchanged(saved: Config, asked: Config, resume: str) -> None:
                 )
 
 
-class Stopped(Exception):
-    """The user or the system asked the run to end; the state is saved."""
-
-
 class StopRequest:
-    """Ctrl-C and SIGTERM set a flag that the loop reads between two steps; a second Ctrl-C ends the process at once."""
+    """Ctrl-C and SIGTERM set a flag that the loop reads between two steps; a second Ctrl-C ends the process at once.
 
-    def __init__(self) -> None:
+    Several processes end after the same step: what each knows is exchanged while the next one is computed.
+    """
+
+    def __init__(self, processes: Processes = ALONE) -> None:
         self.signal = 0
+        self._processes, self._largest, self._first = processes, None, 0.0
         self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.signal:
+        # A terminal and torchrun both pass one Ctrl-C on to each of several processes.
+        if self.signal and not (self._processes.size > 1 and time.monotonic() - self._first < _ONE_CTRL_C):
             raise KeyboardInterrupt
-        self.signal = number
+        if not self.signal:
+            self.signal, self._first = number, time.monotonic()
 
     def check(self) -> None:
+        """Raises Stopped where this process has been asked to end."""
         if self.signal:
+            raise Stopped
+
+    def check_all(self) -> None:
+        """The same for any process; called by all of them. Of several, asked one call ago or earlier."""
+        if self._processes.size == 1:
+            self.check()
+            return
+        largest, self._largest = self._largest, self._processes.post(self.signal)
+        if largest is not None and (number := largest()):
+            self.signal = number
             raise Stopped
 
     def restore(self) -> None:
@@ -148,14 +191,56 @@ class StopRequest:
             signal.signal(number, handler)
 
 
-def run_command(main: Callable[[], int]) -> NoReturn:
-    """End the process with the command's status: 2 after a user's mistake, told in one sentence, 130 after Ctrl-C."""
+def run_command(main: Callable[..., int], start: Callable[[], Processes] | None = None) -> NoReturn:
+    """End the process with the command's status: 2 after a user's mistake, told in one sentence, 130 after Ctrl-C.
+
+    start: connects the processes of a job, which `main` then takes; one of them prints.
+    """
+    processes = ALONE
     try:
-        status = main()
+        if start is None:
+            status = main()
+        else:
+            processes = start()
+            with _silence(processes):
+                status = main(processes=processes)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        status = 2
+        status = _fail(processes, 2, f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+        status = _fail(processes, 130, "interrupted")
+    except Exception as error:
+        if processes.size == 1:
+            raise
+        _end_job(processes, error)
+    except SystemExit:  # all of them
+        processes.close()
+        raise
+    processes.close()
     sys.exit(status)
+
+
+def _silence(processes: Processes) -> contextlib.AbstractContextManager:
+    """What one process prints is enough."""
+    if processes.is_main:
+        return contextlib.nullcontext()
+    warnings.simplefilter("ignore")
+    return contextlib.redirect_stdout(open(os.devnull, "w"))
+
+
+def _fail(processes: Processes, status: int, text: str) -> int:
+    if processes.first_to_fail():
+        print(text, file=sys.stderr)
+    if processes.size > 1:
+        processes.abandon(status)
+    return status
+
+
+def _end_job(processes: Processes, error: Exception) -> None:
+    """Of several processes: the first that fails says why, the others notice that it is gone and are silent."""
+    if processes.first_to_fail():
+        if lost_contact(error):
+            reason = f"{error}".strip().splitlines()[0]
+            print(f"error: another process of this job was killed, or its machine is gone ({reason})", file=sys.stderr)
+        else:
+            sys.excepthook(type(error), error, error.__traceback__)
+    processes.abandon(1)

@@ -14,6 +14,7 @@ import tyro
 
 from .errors import UserError
 
+Year = Literal["2007", "2008", "2009", "2010", "2011", "2012"]
 DataName = Literal["scenes", "voc", "cityscapes", "camvid", "ade20k", "coco", "folder"]
 
 
@@ -29,7 +30,7 @@ class DataConfig:
     """split to train on; None: the data set's own (`train`; `train_aug` where VOC has SegmentationClassAug)"""
     val_split: str | None = None
     """split to validate on; None: the data set's own (`val`)"""
-    year: Literal["2007", "2012"] = "2012"
+    year: Year = "2012"
     """VOC only: which VOCdevkit folder"""
     sbd: str | None = None
     """VOC only: folder of the Semantic Boundaries Dataset, whose images, but VOC's val, train and trainval then hold"""
@@ -81,10 +82,12 @@ class ModelConfig:
     """architecture"""
     backbone: str = "mobilenet_v2"
     """resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65, xception71, or another
-    project's mobilenet_v2_1280, mobilenet_v2_vainf, mobilenet_v2_zym1119, or timm:NAME (an encoder of timm, which has
-    to be installed)"""
+    project's mobilenet_v2_1280, mobilenet_v2_tf, mobilenet_v2_vainf, mobilenet_v2_zym1119, resnet_v1_50_beta,
+    resnet_v1_101_beta, or timm:NAME (an encoder of timm, which has to be installed)"""
     width_mult: float = 1.0
     """mobilenet_v2 only: width multiplier"""
+    width_divisor: int = 8
+    """mobilenet_v2 only: every width is a multiple of it; TensorFlow's DeepLab has 4 where the multiplier is not 1"""
     beta_stem: bool = False
     """ResNet only: three 3x3 convolutions in place of the 7x7 stem"""
     output_stride: Literal[8, 16, 32] = 16
@@ -96,7 +99,8 @@ class ModelConfig:
     """dilation of the first block of a stage that lost its stride: its stage's, or that of the stage before it, as
     in torchvision"""
     atrous_rates: tuple[int, ...] | None = None
-    """ASPP's rates; None: 6, 12, 18 at output stride 16, doubled at 8, halved at 32"""
+    """ASPP's rates; None: 6, 12, 18 at output stride 16, doubled at 8, halved at 32; empty: the 1x1 branch and the
+    image pooling alone, TensorFlow's head for MobileNetV2"""
     image_pooling: bool = True
     """ASPP's global pooling branch"""
     aspp_channels: int = 256
@@ -120,7 +124,8 @@ class ModelConfig:
     align_corners: bool = False
     """how every bilinear upsampling of the model places its corners"""
     norm: Literal["batch", "sync_batch", "frozen_batch", "group"] = "batch"
-    """normalisation; sync_batch is batch with one process; group comes with weight standardisation"""
+    """normalisation; sync_batch is batch over all processes, and takes its place where there are
+    several and the flag is not given; group comes with weight standardisation"""
     activation: Literal["relu", "leaky_relu"] = "relu"
     """ResNet only: what follows a norm, in the head too; leaky_relu has InPlaceABN's slope of 0.01"""
     aspp_activation: bool = True
@@ -141,7 +146,7 @@ class OptimConfig:
     """Loss, optimiser and schedule."""
 
     batch_size: int = 16
-    """images in one forward pass"""
+    """images in one forward pass, of all processes together where there are several"""
     accumulate: int = 1
     """forward passes in one optimiser step"""
     steps: int = 30_000
@@ -164,6 +169,8 @@ class OptimConfig:
     """AdamW and RMSprop: what is added to the root of that average; TensorFlow's MobileNets have 1 in RMSprop"""
     decay_norm_bias: bool = False
     """apply it to normalisation parameters and biases as well"""
+    decay_depthwise: bool = True
+    """apply it to depthwise convolutions; TensorFlow's DeepLab does not"""
     schedule: Literal["poly", "cosine", "step", "constant"] = "poly"
     """how the rate falls: (1 - step / steps) ** poly_power, half a cosine to 0, or by step_factor every step_every"""
     poly_power: float = 0.9
@@ -174,8 +181,9 @@ class OptimConfig:
     """step: the rate after a fall over that before it"""
     warmup_steps: int = 0
     """steps in which the rate rises from warmup_lr_mult of its value"""
-    warmup: Literal["linear", "exponential"] = "linear"
-    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after"""
+    warmup: Literal["linear", "exponential", "constant"] = "linear"
+    """linear: times the schedule, which has begun; exponential: by one factor a step, and the schedule begins after;
+    constant: stays there, and the schedule begins after (TensorFlow's slow start)"""
     warmup_lr_mult: float = 0.01
     """where the warm-up starts, over the peak rate"""
     clip_norm: float = 0.0

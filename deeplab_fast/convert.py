@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,7 @@ from .config import Config, DataConfig, ModelConfig, RunConfig
 from .data.labels import CAMVID, CITYSCAPES, VOC, Classes, voc_palette
 from .errors import UserError
 from .files import make_folder
-from .model.importers import Loaded, find_layout, load_weights
-from .model.weights import read_state_dict
+from .model.importers import Loaded, identify, load_weights
 
 KNOWN = {"voc": VOC, "cityscapes": CITYSCAPES, "camvid": CAMVID}
 
@@ -27,11 +25,12 @@ class ConvertCommand:
     """Turn the DeepLab that another project trained into a checkpoint for evaluate, predict and train --weights.
 
     It knows torchvision, segmentation_models_pytorch, jfzhang95 and HaoranYao, CoinCheung and konami86, chenxi116,
-    zym1119, hualin95 and VainF, and the graph that each was trained in.
+    zym1119, hualin95 and VainF, TensorFlow's DeepLabv3 on a MobileNetV2 as a .tflite file, the checkpoints of
+    tensorflow/models' research/deeplab, and the graph that each was trained in.
     """
 
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
-    """what that project's training saved"""
+    """what that project's training saved; of TensorFlow's model.ckpt, one of its files, their folder or .tar.gz"""
     output: Path
     """the checkpoint to write; only a checkpoint of this project is replaced"""
     classes: Literal["voc", "cityscapes", "camvid"] | None = None
@@ -77,14 +76,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command.output.exists():
         checkpoint.load(command.output)  # raises for anything else
     given = {"output_stride": command.output_stride, "atrous_rates": command.atrous_rates}
-    layout = find_layout(read_state_dict(command.file))
+    layout, _ = identify(command.file)
     if layout is not None and not layout.whole:
         raise UserError(f"{command.file}: holds a backbone alone: start from it with train --weights {command.file}")
     loaded = load_weights(None, command.file, **{k: v for k, v in given.items() if v is not None})
     saved = content(loaded, command.classes)
     make_folder(command.output.parent)
     checkpoint.save(command.output, saved)
-    default = dataclasses.asdict(ModelConfig())
+    default = Config().to_dict()["model"]
     other = [f"{k} {v}" for k, v in saved["config"]["model"].items() if v != default[k]]
     print(f"{command.file}: {loaded.source}, {len(saved['classes']['names'])} classes; {', '.join(other)}")
     if loaded.left_over:

@@ -16,12 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint
-from .cli import run_command
-from .config import DataConfig, DataName
+from .cli import parse_flags, run_command
+from .config import DataConfig, DataName, Year
+from .data.augment import PAD_VALUE
 from .data.datasets import Dataset, FileDataset, open_dataset, require_truth
 from .data.labels import Classes
-from .data.protocol import CentreCrop
-from .device import describe, resolve_device, resolve_precision, set_allocator
+from .data.protocol import CentreCrop, Padded
+from .device import describe, resolve_precision, set_allocator
+from .distributed import ALONE, Processes, start
 from .errors import UserError
 from .files import atomic_path, make_folder
 from .inference import DEFAULT_OVERLAP, evaluate_dataset
@@ -30,6 +32,8 @@ from .visualize import check_replaceable, save_palette_png
 
 SCORES = ("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion")
 """What --json takes from `metrics.scores`."""
+MIDDLE_GREY = (128, 128, 128)
+"""TensorFlow's mean pixel, 0 between -1 and 1; ImageNet's is 0 for all other models."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class EvaluateCommand:
     """the data set; None: the checkpoint's own"""
     root: str | None = None
     """its folder; None: the one in the checkpoint, where --data is not given"""
-    year: Literal["2007", "2012"] | None = None
+    year: Year | None = None
     """VOC only: which VOCdevkit folder; None: the checkpoint's own"""
     split: str = "val"
     """the split to score; `val` is the one that training validated on"""
@@ -67,9 +71,12 @@ class EvaluateCommand:
     """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
     flip: bool = False
     """average over the mirrored image as well"""
-    protocol: Literal["paper", "crop513"] = "paper"
-    """paper: whole images at their own size; crop513: image and truth scaled to a shorter side of 513 pixels, and the
-    square in the middle, for figures of repositories that score so"""
+    output_stride: Literal[8, 16, 32] | None = None
+    """of the backbone, with ASPP's rates to match; None: the one that the model was trained at"""
+    protocol: Literal["paper", "pad513", "crop513"] = "paper"
+    """paper: whole images at their own size; pad513: padded to sides of 16 k + 1 pixels, 513 at least, as TensorFlow's
+    DeepLab does; crop513: image and truth scaled to a shorter side of 513 pixels, and the square in the middle, for
+    figures of repositories that score so"""
 
 
 def choose_data(saved: DataConfig, name: str | None, root: str | None, year: str | None = None) -> DataConfig:
@@ -132,16 +139,20 @@ def _how(command: EvaluateCommand) -> str:
     """What a score without it would not be compared with."""
     parts = [f"{scale:g} x" for scale in command.scales] if command.scales != (1.0,) else []
     parts += ["mirrored"] * command.flip + [f"protocol {command.protocol}"] * (command.protocol != "paper")
+    parts += [f"output stride {command.output_stride}"] * (command.output_stride is not None)
     return "".join(f", {part}" for part in parts)
 
 
-def evaluate(command: EvaluateCommand) -> dict[str, Any]:
-    """Run the command: prints the table, writes the files and returns what --json holds."""
+def evaluate(command: EvaluateCommand, processes: Processes = ALONE) -> dict[str, Any]:
+    """Run the command: prints the table, writes the files and returns what --json holds.
+
+    Of several processes each writes the masks of its images.
+    """
     if command.json is not None:
         check_json(command.json)
-    device = resolve_device(command.device)
+    device = processes.device(command.device)
     dtype = resolve_precision(command.precision, device)
-    model, config, classes = checkpoint.load_model(command.checkpoint, device)
+    model, config, classes = checkpoint.load_model(command.checkpoint, device, output_stride=command.output_stride)
     data = choose_data(config.data, command.data, command.root, command.year)
     dataset = open_dataset(data, command.split)
     require_truth(dataset)
@@ -149,14 +160,18 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     paths = mask_paths(dataset, data.root, command.output) if command.output else None
     if command.protocol == "crop513":
         dataset = CentreCrop(dataset)
+    elif command.protocol == "pad513":
+        dataset = Padded(dataset, MIDDLE_GREY if config.model.pixels == "symmetric" else PAD_VALUE)
     for folder in {p.parent for p in (*(paths or ()), command.json) if p is not None}:
         make_folder(folder)
 
     print(f"{command.checkpoint} on {data.name} {dataset.split}{_how(command)}; {describe(device, dtype)}")
-    bar = tqdm(total=len(dataset), unit="image", dynamic_ncols=True, disable=None)
+    quiet = None if processes.is_main else True
+    bar = tqdm(total=len(processes.every(len(dataset))), unit="image", dynamic_ncols=True, disable=quiet)
 
     def save(index: int, prediction: Tensor) -> None:
-        save_palette_png(paths[index], prediction.cpu().numpy(), classes)
+        labels = prediction.cpu().numpy()
+        save_palette_png(paths[index], dataset.cut(index, labels) if isinstance(dataset, Padded) else labels, classes)
 
     began = time.perf_counter()
     with bar:
@@ -173,6 +188,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
             overlap=command.overlap,
             scales=command.scales,
             flip=command.flip,
+            processes=processes,
         )
     speed = len(dataset) / (time.perf_counter() - began)
     print(f"\n{format_table(result, classes.names)}\n\n{len(dataset)} images, {speed:.1f} images/s")
@@ -185,18 +201,19 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         "protocol": command.protocol,
         "scales": list(command.scales),
         "flip": command.flip,
+        "output_stride": config.model.output_stride,
         "classes": list(classes.names),
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, processes: Processes = ALONE) -> int:
     """The command line; a user's mistake raises UserError."""
-    command = tyro.cli(EvaluateCommand, prog="python -m deeplab_fast.evaluate", args=argv)
+    command = parse_flags(EvaluateCommand, processes, prog="python -m deeplab_fast.evaluate", args=argv)
     set_allocator()
-    result = evaluate(command)
+    result = evaluate(command, processes)
     if command.output:
         print(f"masks in {command.output}")
-    if command.json:
+    if command.json and processes.is_main:
         with atomic_path(command.json) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
         print(f"scores in {command.json}")
@@ -204,4 +221,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, start)

@@ -18,7 +18,8 @@ from .data.augment import prepare
 from .data.datasets import Dataset
 from .data.loader import eval_samples
 from .device import autocast
-from .errors import UserError
+from .distributed import ALONE, Processes
+from .errors import Stopped, UserError
 from .metrics import SegmentationMetrics
 from .model.layers import resize
 from .ops import upsample_argmax
@@ -98,7 +99,7 @@ def _mean_probabilities(
     """
     size, total = tuple(image.shape[:2]), None
     for scale in scales:
-        scaled = _scaled(image, scale)
+        scaled = _scaled(image, scale, model.align_corners)
         for mirrored in (False, True)[: 1 + flip]:
             part = scaled.flip(1) if mirrored else scaled
             if window is None:
@@ -113,11 +114,16 @@ def _mean_probabilities(
     return total
 
 
-def _scaled(image: Tensor, scale: float) -> Tensor:
-    """uint8 (H, W, 3) -> uint8 (h, w, 3): bilinear, antialiased when shrinking, as training images are."""
+def _scaled(image: Tensor, scale: float, align_corners: bool) -> Tensor:
+    """uint8 (H, W, 3) -> uint8 (h, w, 3): bilinear, antialiased when shrinking, as training images are.
+
+    With aligned corners a side of 16 k + 1 pixels counts as 16 k intervals, so that the scaled one, too, has its last
+    pixel on the grid of a stride (513 x 0.5 is 257; tensorflow/models, research/deeplab/model.py).
+    """
     if scale == 1:
         return image
-    size = [max(1, round(length * scale)) for length in image.shape[:2]]
+    on_grid = [int(align_corners and length % 16 == 1) for length in image.shape[:2]]
+    size = [max(1, round((length - one) * scale) + one) for length, one in zip(image.shape, on_grid, strict=False)]
     x = F.interpolate(image.permute(2, 0, 1)[None].float(), size, mode="bilinear", antialias=True)
     return x.round_().clamp_(0, 255).to(torch.uint8)[0].permute(1, 2, 0)
 
@@ -173,34 +179,60 @@ def evaluate_dataset(
     overlap: float = DEFAULT_OVERLAP,
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
+    processes: Processes = ALONE,
     **options: Any,
 ) -> tuple[dict[str, Any], list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """The scores of a data set (see `metrics.scores`), and image, truth, prediction of the indices in `keep`.
 
     each: called with the index and the prediction, uint8 (H, W) on the device, of every image in order. progress:
-    called after every image. window, overlap, scales, flip, options: those of `predict_image`. Where nobody asks for
-    the label map of a whole image at one scale, none is made. A sample without truth raises UserError.
+    called after every image; it may raise Stopped. window, overlap, scales, flip, options: those of `predict_image`.
+    Where nobody asks for the label map of a whole image at one scale, none is made. A sample without truth raises
+    UserError. Of several processes each does every size-th image; all return the scores of all images, the main one
+    what is kept, and where one stops all raise Stopped.
     """
     metrics = SegmentationMetrics(len(dataset.classes), device)
     kept = []
-    for index, image, mask in eval_samples(dataset, workers):
-        if mask is None:
-            raise UserError(f"the split {dataset.split} of the data set {dataset.name} has no truth to score against")
-        truth, size = mask.to(device, non_blocking=True), tuple(mask.shape)
-        if index not in keep and each is None and not _many(scales, flip) and _pieces(size, window) is None:
-            with _memory_error_named(device, size, None), torch.inference_mode():
-                logits = _logits(model, image.to(device, non_blocking=True), **options)
-                metrics.update_from_logits(logits, truth[None], align_corners=model.align_corners)
-        else:
-            how = {"window": window, "overlap": overlap, "scales": scales, "flip": flip, **options}
-            prediction = predict_image(model, image, device=device, **how)
-            metrics.update(prediction, truth)
+    how = {"window": window, "overlap": overlap, "scales": scales, "flip": flip, **options}
+    stopped = False
+    try:
+        for index, image, mask in eval_samples(dataset, workers, processes.every(len(dataset))):
+            prediction = _score(model, dataset, metrics, image, mask, device, index in keep or each is not None, how)
             if index in keep:
-                kept.append((image.numpy(), mask.numpy(), prediction.cpu().numpy()))
+                kept.append((index, image.numpy(), mask.numpy(), prediction.cpu().numpy()))
             if each is not None:
                 each(index, prediction)
-        progress()
-    return metrics.compute(), kept
+            progress()
+    except Stopped:
+        stopped = True
+    if processes.any(stopped):
+        raise Stopped
+    metrics.sum_over(processes)
+    return metrics.compute(), [row[1:] for row in sorted(processes.gather(kept), key=lambda row: row[0])]
+
+
+def _score(
+    model: nn.Module,
+    dataset: Dataset,
+    metrics: SegmentationMetrics,
+    image: Tensor,
+    mask: Tensor | None,
+    device: torch.device,
+    wanted: bool,
+    how: dict[str, Any],
+) -> Tensor | None:
+    """Adds one image to the metrics; returns its label map, or None where nobody wants it and none was made."""
+    if mask is None:
+        raise UserError(f"the split {dataset.split} of the data set {dataset.name} has no truth to score against")
+    truth, size = mask.to(device, non_blocking=True), tuple(mask.shape)
+    if not wanted and not _many(how["scales"], how["flip"]) and _pieces(size, how["window"]) is None:
+        options = {key: how[key] for key in ("dtype", "channels_last") if key in how}
+        with _memory_error_named(device, size, None), torch.inference_mode():
+            logits = _logits(model, image.to(device, non_blocking=True), **options)
+            metrics.update_from_logits(logits, truth[None], align_corners=model.align_corners)
+        return None
+    prediction = predict_image(model, image, device=device, **how)
+    metrics.update(prediction, truth)
+    return prediction
 
 
 def _bands(

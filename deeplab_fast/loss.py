@@ -13,7 +13,9 @@ from torch import Tensor
 
 from .config import OptimConfig
 from .data.labels import IGNORE
-from .ops import upsample_cross_entropy
+from .distributed import ALONE, Processes
+from .ops import kth_largest, upsample_cross_entropy
+from .order import largest_of_all
 
 # Below it (1 - p) ** gamma with gamma under 1 has a slope that fp32 cannot hold.
 _SMALLEST_MISS = 1e-6
@@ -66,6 +68,7 @@ def training_loss(
     class_weights: Tensor | None = None,
     align_corners: bool = False,
     step: int = 0,
+    processes: Processes = ALONE,
 ) -> tuple[Tensor, Tensor | None]:
     """The loss that `config` describes of one forward pass: its sum over pixels, and what that is divided by.
 
@@ -77,7 +80,7 @@ def training_loss(
     logits, auxiliary = (outputs, None) if isinstance(outputs, Tensor) else outputs
     options = {"class_weights": class_weights, "align_corners": align_corners}
     if config.mining != "none":
-        mask = hard_pixels(logits, mask, config, step=step, **options)
+        mask = hard_pixels(logits, mask, config, step=step, processes=processes, **options)
     if config.focal_gamma:
         loss = focal_loss_sum(logits, mask, config.focal_gamma, **options)
     else:
@@ -101,6 +104,7 @@ def hard_pixels(
     class_weights: Tensor | None = None,
     align_corners: bool = False,
     step: int = 0,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """`mask` with 255 at the pixels that are too easy to learn from, found on the device without waiting for it.
 
@@ -110,7 +114,8 @@ def hard_pixels(
     "top_k": the share `top_k` of all pixels with the largest loss, class weights and smoothing included, and from
     `top_k_steps` on only: before, the share falls linearly from 1. The loss is divided by the number of kept pixels
     whose loss is not 0 (tensorflow/models, research/deeplab/utils/train_utils.py).
-    Pixels that tie with the last one are kept, too, and so is a loss that is NaN, for the loop to see.
+    Pixels that tie with the last one are kept, too, and so is a loss that is NaN, for the loop to see. Of several
+    processes all take part, and these are shares of their pixels together.
     """
     ohem = config.mining == "ohem"
     losses, _, _ = upsample_cross_entropy(
@@ -125,24 +130,23 @@ def hard_pixels(
     )
     if ohem:
         easy = -math.log(config.ohem_threshold) if config.ohem_threshold else math.inf
-        limit = _largest(losses, config.ohem_min_kept).clamp(max=easy)
+        limit = _largest(losses, config.ohem_min_kept, processes).clamp(max=easy)
         dropped = losses < limit
     else:
         progress = min(1.0, step / config.top_k_steps) if config.top_k_steps else 1.0
         share = progress * config.top_k + (1 - progress)
-        dropped = (losses < _largest(losses, share)) | (losses == 0)
+        dropped = (losses < _largest(losses, share, processes)) | (losses == 0)
     return mask.masked_fill(dropped, IGNORE)
 
 
-def _largest(losses: Tensor, share: float) -> Tensor:
-    """fp32 (): the smallest of the largest `share` of the values; infinite where that is none of them.
-
-    By topk, not kthvalue: on a GPU that is one thread block's work, and has no repeatable form.
-    """
+def _largest(losses: Tensor, share: float, processes: Processes = ALONE) -> Tensor:
+    """fp32 (): the smallest of the largest `share` of the values; infinite where that is none of them."""
+    if processes.size > 1:
+        return largest_of_all(losses, share, processes)
     count = round(share * losses.numel())
     if not count:
         return losses.new_full((), math.inf)
-    return losses.flatten().topk(count, sorted=False).values.amin()
+    return kth_largest(losses, count)
 
 
 def focal_loss_sum(

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .distributed import Processes
 from .errors import UserError
 from .ops import confusion_matrix, upsample_confusion_matrix
 
@@ -47,6 +48,11 @@ class SegmentationMetrics:
             raise ValueError(f"counts are {tuple(counts.shape)}; expected {tuple(self.counts.shape)}")
         self.counts += counts
         self.out_of_range += out_of_range
+
+    def sum_over(self, processes: Processes) -> None:
+        """Give every process the counts of all, by one message."""
+        message = processes.sum_(torch.cat([self.counts.flatten(), self.out_of_range[None]]))
+        self.counts, self.out_of_range = message[:-1].view_as(self.counts), message[-1]
 
     def compute(self) -> dict[str, Any]:
         """The scores as plain Python numbers; see `scores`."""

@@ -63,6 +63,8 @@ class PredictCommand:
     """sizes of the image whose class probabilities are averaged, such as 0.5 0.75 1 1.25 1.5 1.75"""
     flip: bool = False
     """average over the mirrored image as well"""
+    output_stride: Literal[8, 16, 32] | None = None
+    """of the backbone, with ASPP's rates to match; None: the one that the model was trained at"""
 
 
 class Job(NamedTuple):
@@ -153,7 +155,7 @@ def predict(command: PredictCommand) -> int:
         check_replaceable(job.overlay for job in jobs)
     device = resolve_device(command.device)
     dtype = resolve_precision(command.precision, device)
-    model, config, classes = checkpoint.load_model(command.checkpoint, device)
+    model, config, classes = checkpoint.load_model(command.checkpoint, device, output_stride=command.output_stride)
     if command.submission is not None:
         check_submission(command.submission, classes, [job.image for job in jobs])
     for folder in {job.mask.parent for job in jobs}:

@@ -102,6 +102,19 @@ class RunRecord:
                     self._writer.add_scalar(f"{prefix}/{key}", value, line["step"])
 
 
+class NoRecord:
+    """What a process other than the main one has in its place: nothing is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def step(self, line: dict[str, Any]) -> None: ...
+
+    def validation(self, step: int, metrics: dict[str, Any], samples: list[tuple[np.ndarray, ...]]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; a last line that a kill cut short is dropped."""
     lines = []

@@ -15,11 +15,14 @@ def lr_factor(step: int, config: OptimConfig) -> float:
     """The rate of 0-based `step` over the peak rate.
 
     A linear warm-up multiplies the decay (DeepLabv3, section 4.1: poly), which begins at step 0; after an exponential
-    one the decay has the steps that are left (CoinCheung/DeepLab-v3-plus-cityscapes, optimizer.py).
+    one (CoinCheung/DeepLab-v3-plus-cityscapes, optimizer.py) and a constant one (tensorflow/models, research/deeplab,
+    slow_start_step) the decay has the steps that are left.
     """
     warmup, start = config.warmup_steps, config.warmup_lr_mult
-    if config.warmup == "exponential":
-        return start ** (1 - step / warmup) if step < warmup else _decay(step - warmup, config.steps - warmup, config)
+    if config.warmup != "linear":
+        if step >= warmup:
+            return _decay(step - warmup, config.steps - warmup, config)
+        return start ** (1 - step / warmup) if config.warmup == "exponential" else start
     rise = start + (1 - start) * step / warmup if step < warmup else 1.0
     return rise * _decay(step, config.steps, config)
 
@@ -38,11 +41,14 @@ def _decay(step: int, steps: int, config: OptimConfig) -> float:
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict]:
     """SGD's groups: backbone and head, each with and without weight decay. Every parameter stands in exactly one."""
     backbone = {id(p) for p in model.backbone.parameters()}
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    depthwise = {id(m.weight) for m in convolutions if 1 < m.groups == m.in_channels}
     groups = {(is_head, decay): [] for is_head in (False, True) for decay in (True, False)}
     for parameter in model.parameters():
         if parameter.requires_grad:
             # Weights of convolutions are the only parameters with more than one dimension.
             decay = config.decay_norm_bias or parameter.ndim > 1
+            decay = decay and (config.decay_depthwise or id(parameter) not in depthwise)
             groups[id(parameter) not in backbone, decay].append(parameter)
     return [
         {

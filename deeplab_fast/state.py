@@ -15,22 +15,23 @@ from . import checkpoint
 from .config import Config
 from .data.class_counts import class_weights, count_classes
 from .data.datasets import Dataset
-from .device import resolve_device, resolve_precision
+from .device import resolve_precision
+from .distributed import ALONE, Processes
 from .errors import UserError
 from .model import load_backbone_weights, load_matching
-from .model.importers import find_layout, load_weights
-from .model.weights import read_state_dict
+from .model.importers import identify, load_weights
+from .model.weights import is_local
 from .schedule import WeightAverage, build_optimizer, lr_factor
 
 
 class Training:
     """Model, optimiser and all else that a resumed run needs to go on exactly where it stopped."""
 
-    def __init__(self, config: Config, train_set: Dataset, val_set: Dataset) -> None:
-        self.config, self.classes, self.train_set = config, train_set.classes, train_set
+    def __init__(self, config: Config, train_set: Dataset, val_set: Dataset, processes: Processes = ALONE) -> None:
+        self.config, self.classes, self.train_set, self.processes = config, train_set.classes, train_set, processes
         # Another list of images would change every batch of a run that goes on.
         self.data = {"train": [train_set.split, len(train_set)], "val": [val_set.split, len(val_set)]}
-        self.device = resolve_device(config.run.device)
+        self.device = processes.device(config.run.device)
         self.dtype = resolve_precision(config.run.precision, self.device)
         torch.manual_seed(config.run.seed)
         self.model = checkpoint.build(config, self.classes)
@@ -43,7 +44,7 @@ class Training:
         """Place everything on the device; take the initial weights, or the state of the run that goes on."""
         config, optim = self.config, self.config.optim
         if resumed is None and config.run.weights:
-            load_initial_weights(self.model, config)
+            self.processes.one_downloads(lambda: load_initial_weights(self.model, config))
         layout = torch.channels_last if config.run.channels_last else torch.contiguous_format
         self.model.to(self.device, memory_format=layout)
         if config.run.recompute and not hasattr(self.model.backbone, "recompute"):
@@ -53,12 +54,13 @@ class Training:
         self.optimizer = build_optimizer(self.model, optim)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         measured = None if resumed is None else resumed["training"].get("class_weights")
-        self.class_weights = _class_weights(config, self.train_set, measured, self.device)
+        self.class_weights = _class_weights(config, self.train_set, measured, self.device, self.processes)
         if resumed is not None:
             self._restore(resumed)
         if config.run.compile and self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise UserError("--compile: torch.compile needs a C++ compiler on a CPU, and none was found")
-        self.forward = torch.compile(self.model) if config.run.compile else self.model
+        forward = torch.compile(self.model) if config.run.compile else self.model
+        self.forward = self.processes.wrap(forward, self.device)
 
     def _restore(self, resumed: dict[str, Any]) -> None:
         state = resumed["training"]
@@ -91,17 +93,36 @@ class Training:
             "metrics": metrics,
         }
 
+    @torch.no_grad()
+    def agree(self) -> None:
+        """Give every process the main one's running statistics, where each has had those of its own images."""
+        if self.processes.size == 1:
+            return
+        models = [self.model, *([self.average.model] if self.average else [])]
+        buffers = [b for model in models for b in model.buffers() if b.is_floating_point()]
+        if buffers:
+            message = self.processes.broadcast_(torch.cat([b.float().flatten() for b in buffers]))
+            for buffer, new in zip(buffers, message.split([b.numel() for b in buffers]), strict=True):
+                buffer.copy_(new.view_as(buffer))
+
     def save_last(self, folder: Path) -> None:
-        """Write last.pt: the model for use, and what a resumed run needs. Weights that are not finite are not saved."""
+        """Write last.pt: the model for use, and what a resumed run needs. Weights that are not finite are not saved.
+
+        Called by all processes; the main one writes.
+        """
+        self.agree()
         floating = [value for value in self.model.state_dict().values() if value.is_floating_point()]
         if not torch.stack(torch._foreach_norm(floating, math.inf)).isfinite().all():
             raise self.diverged("the weights are not finite after", self.step, folder)
+        if not self.processes.is_main:
+            return
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "precision": str(self.dtype).removeprefix("torch."),
             "data": self.data,
+            "processes": self.processes.size,
             # A run goes on with the weights that it measured, whatever has become of the masks.
             "class_weights": None if self.class_weights is None else self.class_weights.tolist(),
             "validated_step": self.validated_step,
@@ -121,9 +142,8 @@ class Training:
 def load_initial_weights(model: nn.Module, config: Config) -> None:
     """A whole DeepLab gives all but a classifier of other classes; anything else gives the backbone."""
     source = config.run.weights
-    if Path(source).is_file():
-        state = read_state_dict(source)
-        layout = find_layout(state)
+    if is_local(source):
+        layout, state = identify(source)
         if layout is not None and layout.whole:
             left_out = load_weights(model, source, new_classifier=True).missing
             print(f"weights from {source}, {layout.name}" + (f", all but {', '.join(left_out)}" if left_out else ""))
@@ -137,7 +157,7 @@ def load_initial_weights(model: nn.Module, config: Config) -> None:
 
 
 def _class_weights(
-    config: Config, train_set: Dataset, measured: list[float] | None, device: torch.device
+    config: Config, train_set: Dataset, measured: list[float] | None, device: torch.device, processes: Processes
 ) -> Tensor | None:
     """fp32 (K,). measured: what an earlier part of this run found."""
     weights, names = config.optim.class_weights, train_set.classes.names
@@ -146,7 +166,9 @@ def _class_weights(
     if isinstance(weights, str):
         kind, weights = weights, measured
         if weights is None:
-            weights = class_weights(count_classes(train_set, config.data.workers), kind)
+            if processes.is_main:
+                weights = class_weights(count_classes(train_set, config.data.workers), kind)
+            weights = processes.broadcast(weights)
             print(f"class weights ({kind}): " + ", ".join(f"{n} {w:.3g}" for n, w in zip(names, weights, strict=True)))
     if len(weights) != len(names):
         raise UserError(f"--class-weights has {len(weights)} numbers; the data set has {len(names)} classes")

@@ -5,8 +5,8 @@ Without a flag it trains on the built-in street scenes. It reads from top to bot
 
 from __future__ import annotations
 
+import contextlib
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -18,56 +18,73 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from . import checkpoint
-from .cli import Stopped, StopRequest, TrainCommand, parse_train, run_command
+from .cli import StopRequest, TrainCommand, parse_train, run_command
+from .config import Config
 from .data.augment import prepare
 from .data.datasets import Dataset, check_dataset, open_dataset, require_truth
 from .data.loader import Batch, train_batches
 from .device import autocast, describe, set_allocator
-from .errors import UserError
+from .distributed import ALONE, Processes, start
+from .errors import Stopped, UserError
 from .inference import evaluate_dataset
 from .loss import mean_loss, rescale, target_weight, training_loss
-from .record import RunRecord, new_run_folder
+from .record import NoRecord, RunRecord, new_run_folder
 from .schedule import lr_factor
 from .state import Training
 
 
 def optimise(training: Training, batches: Iterator[Batch]) -> Tensor:
-    """One optimiser step over `accumulate` forward passes. Returns the loss, on the device."""
-    config, model, device = training.config, training.forward, training.device
+    """One optimiser step over `accumulate` forward passes. Returns the loss, on the device.
+
+    Of several processes each has its rows of every pass. All divide by the weight of all, so that uneven shares and
+    ignored pixels weigh what they weigh in one process.
+    """
+    config, model, device, processes = training.config, training.forward, training.device, training.processes
     passes = [next(batches) for _ in range(config.optim.accumulate)]
     masks = [batch.masks.to(device, non_blocking=True) for batch in passes]
     counted = [target_weight(mask, len(training.classes), training.class_weights) for mask in masks]
     weight = torch.stack([weight for weight, _ in counted]).sum()
-    training.out_of_range += torch.stack([wrong for _, wrong in counted]).sum()
+    wrong = torch.stack([wrong for _, wrong in counted]).sum()
+    if processes.size > 1:  # in one message; fp64 holds both exactly
+        weight, wrong = processes.sum_(torch.stack([weight.double(), wrong.double()])).unbind()
+        weight, wrong = weight.float(), wrong.long()
+    training.out_of_range += wrong
 
     rate = config.optim.lr * lr_factor(training.step, config.optim)
     for group in training.optimizer.param_groups:
         group["lr"] = rate * group["lr_mult"]
 
-    # Dropout's draws are a function of the step, so a resumed run repeats them. Seeded after the batches are drawn,
-    # because a loader takes a number from the same generator when it starts.
-    torch.manual_seed(config.run.seed * 1_000_003 + training.step)
+    # Dropout's draws are a function of the step, so a resumed run repeats them, and differ between the processes (a CPU
+    # reads the lower 32 bits). Seeded after the batches are drawn, because a loader takes a number from the same
+    # generator when it starts.
+    torch.manual_seed(config.run.seed * 1_000_003 + training.step + processes.rank * 0x9E3779B1)
     training.model.train()
     total, kept = torch.zeros((), device=device), torch.zeros((), device=device)
-    for batch, mask in zip(passes, masks, strict=True):
+    for number, (batch, mask) in enumerate(zip(passes, masks, strict=True), 1):
         images = batch.images.to(device, non_blocking=True)
         x = prepare(images, batch.colour, dtype=training.dtype, channels_last=config.run.channels_last)
-        with autocast(device, training.dtype):
-            outputs = model(x)
-        loss, hard = training_loss(
-            outputs,
-            mask,
-            config.optim,
-            class_weights=training.class_weights,
-            align_corners=config.model.align_corners,
-            step=training.step,
-        )
-        loss = mean_loss(loss, weight)
-        training.scaler.scale(loss).backward()
+        waits = processes.size > 1 and number < len(passes)  # gradients travel in the last pass
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast(device, training.dtype):
+                outputs = model(x)
+            loss, hard = training_loss(
+                outputs,
+                mask,
+                config.optim,
+                class_weights=training.class_weights,
+                align_corners=config.model.align_corners,
+                step=training.step,
+                processes=processes,
+            )
+            loss = mean_loss(loss, weight)
+            # The mean of the processes' gradients is wanted as their sum.
+            training.scaler.scale(loss * processes.size if processes.size > 1 else loss).backward()
         total += loss.detach()
         if hard is not None:
             kept += hard
 
+    if processes.size > 1:
+        total, kept = processes.sum_(torch.stack([total, kept]).double()).float().unbind()
     if config.optim.mining != "none":
         gradients = [p.grad for p in training.model.parameters() if p.grad is not None]
         total = rescale(gradients, total, weight, kept)
@@ -94,9 +111,10 @@ def check_losses(losses: list[tuple[int, Tensor]], training: Training, folder: P
     return sum(values) / len(values)
 
 
-def validate(training: Training, dataset: Dataset, record: RunRecord, stop: StopRequest, bar: tqdm) -> None:
+def validate(training: Training, dataset: Dataset, record: RunRecord | NoRecord, stop: StopRequest, bar: tqdm) -> None:
     """Score the held-out images, write the pictures and keep the best model."""
-    run = training.config.run
+    run, processes = training.config.run, training.processes
+    training.agree()
     count = min(run.sample_count, len(dataset))
     shown = {round(i * (len(dataset) - 1) / max(count - 1, 1)) for i in range(count)}
 
@@ -104,7 +122,8 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
         stop.check()
         seen.update()
 
-    seen = tqdm(total=len(dataset), desc="validation", unit="image", dynamic_ncols=True, disable=None, leave=False)
+    options = {"desc": "validation", "unit": "image", "dynamic_ncols": True, "leave": False}
+    seen = tqdm(total=len(processes.every(len(dataset))), disable=None if processes.is_main else True, **options)
     with seen:
         metrics, samples = evaluate_dataset(
             training.evaluated_model.eval(),
@@ -115,23 +134,28 @@ def validate(training: Training, dataset: Dataset, record: RunRecord, stop: Stop
             workers=training.config.data.workers,
             keep=shown,
             progress=progress,
+            processes=processes,
         )
     record.validation(training.step, metrics, samples)
     training.validated_step = training.step
     if metrics["miou"] > training.best_miou:
         training.best_miou = metrics["miou"]
-        checkpoint.save(record.folder / "best.pt", training.content(metrics))
+        if processes.is_main:
+            checkpoint.save(record.folder / "best.pt", training.content(metrics))
     score = f"validation mIoU {metrics['miou']:.4f} (best {training.best_miou:.4f})"
     bar.write(f"step {training.step}: {score}", sys.stdout)
 
 
-def loop(training: Training, train_set: Dataset, val_set: Dataset, record: RunRecord, stop: StopRequest) -> None:
+def loop(
+    training: Training, train_set: Dataset, val_set: Dataset, record: RunRecord | NoRecord, stop: StopRequest
+) -> None:
     """All optimiser steps that are left, with validation, log and checkpoints between them."""
     config, run, steps = training.config, training.config.run, training.config.optim.steps
-    batches = train_batches(train_set, config, training.step, training.device)
+    batches = train_batches(train_set, config, training.step, training.device, training.processes)
     losses: list[tuple[int, Tensor]] = []
     clock, images = time.perf_counter(), config.optim.batch_size * config.optim.accumulate
-    bar = tqdm(total=steps, initial=training.step, unit="step", dynamic_ncols=True, disable=None, smoothing=0.05)
+    quiet = None if training.processes.is_main else True
+    bar = tqdm(total=steps, initial=training.step, unit="step", dynamic_ncols=True, disable=quiet, smoothing=0.05)
 
     def due(every: int) -> bool:
         return training.step % every == 0 or training.step == steps
@@ -158,27 +182,32 @@ def loop(training: Training, train_set: Dataset, val_set: Dataset, record: RunRe
                 validate(training, val_set, record, stop, bar)
                 training.save_last(record.folder)
                 clock = time.perf_counter()
-            stop.check()
+            stop.check_all()
 
 
-def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
+def train(command: TrainCommand, resumed: dict[str, Any] | None, processes: Processes = ALONE) -> Path:
     """Run `command` to its end and return the folder that it wrote."""
     config = command.config
+    processes.batch_share(config.optim.batch_size)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     set_allocator()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("training in several processes is not supported: start it without torchrun")
     train_set, val_set = open_dataset(config.data, "train"), open_dataset(config.data, "val")
     for dataset in (train_set, val_set):
         require_truth(dataset)
-    training = Training(config, train_set, val_set)
+    training = Training(config, train_set, val_set, processes)
     training.start(resumed)
     if config.data.check:
         for dataset in (train_set, val_set):
-            check_dataset(dataset, config.data.workers)
-    folder = Path(config.run.output) if resumed else new_run_folder(config.run.output, explicit=command.output_given)
-    record = RunRecord(folder, config, training.classes, training.step, training.validated_step)
+            check_dataset(dataset, config.data.workers, processes)
+    folder = Path(config.run.output)
+    if resumed is None:
+        if processes.is_main:
+            folder = new_run_folder(config.run.output, explicit=command.output_given)
+        folder = processes.broadcast(folder)
+    record = NoRecord(folder)
+    if processes.is_main:
+        record = RunRecord(folder, config, training.classes, training.step, training.validated_step)
     if resumed is None:
         training.save_last(folder)  # so that a kill before the first save can be gone on from, too
     print(
@@ -187,13 +216,15 @@ def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
         f"{describe(training.device, training.dtype)}",
         flush=True,
     )
-    stop = StopRequest()
+    if processes.size > 1:
+        print(_how_shared(config, processes), flush=True)
+    stop = StopRequest(processes)
     try:
         loop(training, train_set, val_set, record, stop)
     except Stopped:
         training.save_last(folder)
         print(f"stopped after step {training.step}; go on with: python -m deeplab_fast.train --resume {folder}")
-        raise SystemExit(128 + stop.signal) from None
+        raise SystemExit(128 + processes.post(stop.signal)()) from None
     finally:
         stop.restore()
         record.close()
@@ -205,12 +236,22 @@ def train(command: TrainCommand, resumed: dict[str, Any] | None) -> Path:
     return folder
 
 
-def main(argv: list[str] | None = None) -> int:
+def _how_shared(config: Config, processes: Processes) -> str:
+    """What several processes do with a batch and its norms."""
+    line = f"{processes.size} processes share each batch of {config.optim.batch_size}"
+    if config.model.norm == "sync_batch":
+        return f"{line}; batch norm is over all of it (--norm batch: over each process's own images)"
+    if config.model.norm == "batch":
+        return f"{line}; batch norm is over each process's own {config.optim.batch_size // processes.size} images"
+    return line
+
+
+def main(argv: list[str] | None = None, processes: Processes = ALONE) -> int:
     """The command; returns its exit status."""
-    command, resumed = parse_train(argv)
-    train(command, resumed)
+    command, resumed = parse_train(argv, processes)
+    train(command, resumed, processes)
     return 0
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, start)

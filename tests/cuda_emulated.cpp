@@ -11,8 +11,7 @@ thread_local char message[512];
 template <class Run>
 const char* reporting(Run run) {
     try {
-        emulator::allowed = 48 << 10;
-        emulator::launches = 0;
+        emulator::launches = emulator::questions = 0;
         run();
         return nullptr;
     } catch (const std::exception& error) {
@@ -21,7 +20,7 @@ const char* reporting(Run run) {
     }
 }
 
-constexpr int kDevice = 3;
+int device = 0;  // that `configure` described last
 
 }  // namespace
 
@@ -29,16 +28,18 @@ extern "C" {
 
 void configure(int shared_limit, int multiprocessors, int descending) {
     emulator::settings = {shared_limit, multiprocessors, descending != 0, 0};
+    device = emulator::device_like(emulator::settings);
 }
 
 // Leaves out the blocks before this one, until the next `configure`.
 void begin_at(unsigned block) { emulator::settings.first_block = block; }
 
-// launches, blocks, threads, bytes of shared memory, stream, device at the launch, device afterwards
+// launches, blocks, threads, bytes of shared memory, stream, device at the launch, device afterwards, the device that
+// was asked for, questions to the driver
 void last_launch(int64_t* out) {
     const emulator::Launch& l = emulator::last;
     const int64_t values[] = {emulator::launches, l.blocks, l.threads, static_cast<int64_t>(l.shared),
-                              reinterpret_cast<int64_t>(l.stream), l.device, emulator::current_device};
+                              reinterpret_cast<int64_t>(l.stream), l.device, emulator::current_device, device, emulator::questions};
     std::memcpy(out, values, sizeof(values));
 }
 
@@ -54,9 +55,13 @@ const char* confusion_matrix(const void* prediction, int prediction_type, const 
                                 ignore,
                                 counts,
                                 out_of_range};
-    return reporting([&] { cuda::confusion_matrix(args, kDevice, stream); });
+    return reporting([&] { cuda::confusion_matrix(args, device, stream); });
 }
 #elif ENTRY == 4
+const char* kth_largest(const float* x, int64_t size, int64_t k, float* value, int64_t* counts, void* stream) {
+    return reporting([&] { cuda::kth_largest({x, size, k, value}, counts, device, stream); });
+}
+#elif ENTRY == 5
 namespace {
 // geometry: batch, height, width, channels, kernel, stride. tensors: weight, scale, shift and y of each rate.
 // statistics: mean, variance, counts, means, squares, or null
@@ -83,14 +88,14 @@ const char* depthwise_conv(const void* x, int type, const int64_t* geometry, int
                            void* const* tensors, const int64_t* dilations, float* const* statistics, void* stream) {
     const DepthwiseCudaArgs args =
         depthwise_args(x, type, geometry, activation, rates, tensors, dilations, statistics);
-    return reporting([&] { cuda::depthwise_conv(args, kDevice, stream); });
+    return reporting([&] { cuda::depthwise_conv(args, device, stream); });
 }
 // Parts of statistics; whether there are tiles, and then blocks, vectors, columns and rows of one.
 void planned(const void* x, int type, const int64_t* geometry, int rates, void* const* tensors,
              const int64_t* dilations, int64_t* out) {
     const DepthwiseCudaArgs args = depthwise_args(x, type, geometry, 0, rates, tensors, dilations, nullptr);
-    const DepthwisePlan plan = depthwise_plan(args, depthwise_places(args, kDevice));
-    const int64_t values[] = {cuda::depthwise_conv_parts(args, kDevice), plan.tiled,   plan.blocks,
+    const DepthwisePlan plan = depthwise_plan(args, depthwise_places(args, device));
+    const int64_t values[] = {cuda::depthwise_conv_parts(args, device), plan.tiled,   plan.blocks,
                               plan.vectors, plan.columns, plan.tiling[0].tile_rows};
     std::memcpy(out, values, sizeof(values));
 }
@@ -110,7 +115,7 @@ UpsampleArgmaxArgs upsample_args(const void* logits, int type, const int64_t* g,
 const char* upsample_argmax(const void* logits, int type, const int64_t* geometry, int align_corners, uint8_t* labels,
                             void* stream) {
     const UpsampleArgmaxArgs args = upsample_args(logits, type, geometry, align_corners, labels);
-    return reporting([&] { cuda::upsample_argmax(args, kDevice, stream); });
+    return reporting([&] { cuda::upsample_argmax(args, device, stream); });
 }
 // Source pixels that a group spans along an axis; 0: the kernel reads global memory. Then classes at a time.
 void planned(const int64_t* geometry, int align_corners, int64_t* out) {
@@ -128,7 +133,7 @@ const char* upsample_confusion_matrix(const void* logits, int type, const int64_
                                         ignore,
                                         counts,
                                         out_of_range};
-    return reporting([&] { cuda::upsample_confusion_matrix(args, kDevice, stream); });
+    return reporting([&] { cuda::upsample_confusion_matrix(args, device, stream); });
 }
 #endif
 #endif

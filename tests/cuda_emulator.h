@@ -11,6 +11,7 @@
 // waited would not compile.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -19,8 +20,10 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 #define __CUDACC__
@@ -63,11 +66,23 @@ struct Launch {
     int device;
 };
 
-inline Settings settings{227 << 10, 2, false, 0};
+constexpr size_t kUnasked = 48 << 10;  // bytes of shared memory that a kernel has without asking
+
+inline std::vector<std::pair<int, int>> devices;  // shared_limit and multiprocessors, which no device changes
+inline Settings settings{227 << 10, 2, false, 0};  // of the device that is called next
 inline Launch last{};
-inline int launches = 0;
+inline int launches = 0, questions = 0;  // questions: calls of the driver about a device or a kernel
 inline int current_device = 7;
-inline size_t allowed = 48 << 10;
+inline std::map<std::pair<const void*, int>, size_t> allowed;  // to a kernel of a device
+
+// The number of a device with these settings: a new one where there is none yet.
+inline int device_like(const Settings& wanted) {
+    const std::pair<int, int> facts{wanted.shared_limit, wanted.multiprocessors};
+    size_t i = 0;
+    while (i < devices.size() && devices[i] != facts) ++i;
+    if (i == devices.size()) devices.push_back(facts);
+    return static_cast<int>(i);
+}
 
 struct Copy {
     void* to;
@@ -77,7 +92,9 @@ struct Copy {
 };
 
 struct Fiber {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it went away
+    bool begun;
     std::vector<Copy> copies;  // on their way
     int groups;                // committed
     std::vector<char> stack;
@@ -85,7 +102,7 @@ struct Fiber {
 };
 
 inline std::vector<std::unique_ptr<Fiber>> fibers;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned running = 0;
 inline const std::function<void()>* body = nullptr;
 inline std::vector<unsigned char> memory;
@@ -94,15 +111,22 @@ inline const char* fault = nullptr;
 
 inline unsigned char* shared() { return memory.data() + kGuard; }
 
-inline void run_fiber() {
-    (*body)();
-    fibers[running]->state = Fiber::done;
-    swapcontext(&fibers[running]->context, &scheduler);
+// Jumps, where swapcontext() would ask the system for its mask of signals each time.
+[[gnu::noinline]] inline void enter(Fiber* fiber) {
+    if (_setjmp(scheduler) != 0) return;
+    if (fiber->begun) _longjmp(fiber->place, 1);
+    fiber->begun = true;
+    setcontext(&fiber->context);
 }
 
-inline void wait(decltype(Fiber::state) where) {
+[[gnu::noinline]] inline void wait(decltype(Fiber::state) where) {
     fibers[running]->state = where;
-    swapcontext(&fibers[running]->context, &scheduler);
+    if (_setjmp(fibers[running]->place) == 0) _longjmp(scheduler, 1);
+}
+
+inline void run_fiber() {
+    (*body)();
+    wait(Fiber::done);
 }
 
 // Lets through the fibers of [begin, end) that all wait at `where`. Whether they did.
@@ -133,6 +157,7 @@ inline void start(unsigned threads) {
         fibers[i]->context.uc_link = nullptr;
         makecontext(&fibers[i]->context, run_fiber, 0);
         fibers[i]->state = Fiber::ready;
+        fibers[i]->begun = false;
         fibers[i]->copies.clear();
         fibers[i]->groups = 0;
     }
@@ -147,7 +172,7 @@ inline void run_block(unsigned threads) {
             if (fibers[i]->state != Fiber::ready) continue;
             running = i;
             threadIdx = {i, 0, 0};
-            swapcontext(&scheduler, &fibers[i]->context);
+            enter(fibers[i].get());
             if (fault != nullptr) throw std::runtime_error(fault);
             ran = true;
         }
@@ -165,9 +190,12 @@ inline void run_block(unsigned threads) {
 }
 
 // What `kernel<<<blocks, threads, shared, stream>>>(...)` is turned into.
-inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream, const std::function<void()>& kernel) {
+inline void launch(const void* address, unsigned blocks, unsigned threads, size_t bytes, void* stream,
+                   const std::function<void()>& kernel) {
     if (blocks == 0 || threads == 0 || threads > 1024) throw std::runtime_error("an empty or too large launch");
-    if (bytes > allowed || bytes > static_cast<size_t>(settings.shared_limit))
+    const auto asked = allowed.find({address, current_device});
+    const size_t most = asked == allowed.end() ? kUnasked : asked->second;
+    if (bytes > most || bytes > static_cast<size_t>(settings.shared_limit))
         throw std::runtime_error("more shared memory than was asked for");
     last = {blocks, threads, bytes, stream, current_device};
     ++launches;
@@ -183,6 +211,7 @@ inline void launch(unsigned blocks, unsigned threads, size_t bytes, void* stream
             if (memory[i] != 0xff || memory[kGuard + bytes + i] != 0xff)
                 throw std::runtime_error("a write outside of shared memory");
     }
+    body = nullptr;
 }
 
 }  // namespace emulator
@@ -299,19 +328,23 @@ inline cudaError_t cudaSetDevice(int device) {
     emulator::current_device = device;
     return cudaSuccess;
 }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    *value = name == cudaDevAttrMultiProcessorCount ? emulator::settings.multiprocessors
-                                                    : emulator::settings.shared_limit;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int device) {
+    ++emulator::questions;
+    if (device < 0 || device >= static_cast<int>(emulator::devices.size())) return cudaErrorInvalidValue;
+    const auto& [shared_limit, multiprocessors] = emulator::devices[static_cast<size_t>(device)];
+    *value = name == cudaDevAttrMultiProcessorCount ? multiprocessors : shared_limit;
     return cudaSuccess;
 }
 template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int value) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+    ++emulator::questions;
     if (value > emulator::settings.shared_limit) return cudaErrorInvalidValue;
-    emulator::allowed = static_cast<size_t>(value);
+    emulator::allowed[{reinterpret_cast<const void*>(kernel), emulator::current_device}] = static_cast<size_t>(value);
     return cudaSuccess;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int, size_t) {
+    ++emulator::questions;
     *blocks = 2;
     return cudaSuccess;
 }

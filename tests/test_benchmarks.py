@@ -15,9 +15,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import camvid, ratios, report
+from benchmarks import camvid, ratios, report, scaling
 from deeplab_fast import device
 from deeplab_fast.ops import native
+from deeplab_fast.presets import PRESETS
 from deeplab_fast.testing import SKIPPED_BACKEND
 from tests.conftest import backend_summary
 
@@ -130,6 +131,20 @@ def test_readme_shows_the_committed_results():
     assert report.DEFAULT.with_suffix(".png").exists()
 
 
+def test_readme_states_the_recorded_times_of_whole_networks():
+    results = json.loads(report.DEFAULT.read_text())["results"]
+    readme = " ".join((report.ROOT / "README.md").read_text().split())
+    times_faster = []
+    for kind, shape in (("training step", "4x256x256"), ("image to labels", "512x1024")):
+        for dtype in ("bf16", "fp32"):
+            group = results[f"{kind} mobilenet_v2 {shape} {dtype}"]
+            ratio = f"{group['eager']['ratio']:.1f}"
+            assert f"{group['native']['median_ms']:.0f} ms in {dtype}" in readme and f"({ratio} x)" in readme
+            times_faster += [ratio] * (dtype == "bf16")
+    step, image = times_faster
+    assert f"a training step is {step} times and an image to its label map {image} times as fast" in readme
+
+
 def test_report_writes_tables_and_picture(tmp_path, monkeypatch):
     rows = {"median_ms": 1.0, "ratio": 1.0, "gb_s": 4.0, "share_of_copy": 0.5, "cold_ms": 2.0, "peak_mb": 1.5}
     eager = rows | {"median_ms": 3.0, "ratio": 3.1, "cold_ms": 8.0, "peak_mb": 30.0}
@@ -192,3 +207,27 @@ def test_the_summary_names_what_was_not_tested():
         "  2 cuda: no device: a, b",
     ]
     assert backend_summary(skipped[3:]) == ""
+
+
+def test_the_cost_of_several_processes_is_what_the_model_says():
+    """scaling.md is the text that the figures give, and its limits are right."""
+    assert (ratios.FOLDER / "scaling.md").read_text() == scaling.report()
+    cluster = scaling.Cluster()
+    assert scaling.large_message(1e9, 1, cluster) == 0
+    # Two nodes: 7/8 of the bytes twice within, half of an eighth twice between.
+    expected = (
+        2 * 7 / 8 * 1e9 / cluster.nvlink + 2 / 2 * 1e9 / 8 / cluster.infiniband + cluster.launch + 2 * cluster.hop
+    )
+    assert scaling.large_message(1e9, 16, cluster) == pytest.approx(expected)
+    sent = scaling.messages(scaling.model_of(PRESETS["camvid"]()), synchronised=True)
+    assert scaling.step(sent, 1.0, 1, cluster).efficiency == 1
+    shares = [scaling.step(sent, 0.05, count, cluster).efficiency for count in scaling.COUNTS]
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 1
+
+
+def test_messages_are_counted_from_the_model():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8), torch.nn.Conv2d(8, 2, 1)).train()
+    model[2].requires_grad_(False)
+    sent = scaling.messages(model, synchronised=True)
+    assert sent == scaling.Messages((8 * 27 + 8 + 16) * 4, 1, 3 * 8 * 4, 2 * 8 * 4, 32)
+    assert scaling.messages(model, synchronised=False)[1:4] == (0, 0, 0)

@@ -43,6 +43,28 @@ def test_model_comes_back_with_config_and_classes(tmp_path):
     torch.testing.assert_close(model.state_dict(), saved["model"], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rates", [None, (2, 4)])
+@pytest.mark.parametrize("backbone", ["resnet18", "xception41"])
+def test_at_half_the_output_stride_every_second_logit_is_the_old_one(tmp_path, backbone, rates):
+    """Without the image pooling, whose mean is over more values; it holds only if ASPP's rates are doubled, too."""
+    other = {"name": "deeplabv3", "image_pooling": False, "first_block_dilation": "previous", "atrous_rates": rates}
+    config = Config(model=dataclasses.replace(SMALL, backbone=backbone, **other))
+    checkpoint.save(tmp_path / "best.pt", content(config))
+    x = torch.randn(1, 3, 129, 97, generator=torch.Generator().manual_seed(0))
+    coarse = checkpoint.load_model(tmp_path / "best.pt")[0]
+    dense, loaded, _ = checkpoint.load_model(tmp_path / "best.pt", output_stride=8)
+    assert loaded.model.output_stride == dense.output_stride == 8
+    with torch.no_grad():
+        expected, found = coarse(x), dense(x)
+    assert expected.shape[-2:] == (9, 7) and found.shape[-2:] == (17, 13) and expected.std() > 0
+    torch.testing.assert_close(found[..., ::2, ::2], expected, rtol=1e-3, atol=1e-3 * expected.abs().max().item())
+
+
+def test_rates_that_would_not_stay_whole_are_named():
+    with pytest.raises(UserError, match=r"--output-stride 32: ASPP's rates \(3, 6\) at output stride 16 would not"):
+        checkpoint.at_output_stride(ModelConfig(atrous_rates=(3, 6)), 32)
+
+
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_weights_lie_as_the_inputs_will(tmp_path, channels_last):
     config = dataclasses.replace(Config(), model=SMALL, run=RunConfig(channels_last=channels_last))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -20,12 +21,24 @@ from torch import Tensor
 from deeplab_fast.ops.native import CUDA_FLOAT_DTYPES, LABEL_DTYPES
 from deeplab_fast.ops.upsample_argmax import upsample_argmax_reference
 from tests.ops.test_confusion_matrix import counted, label_map
+from tests.ops.test_kth_largest import any_bits, losses, neighbours, ranks
 from tests.ops.test_upsample_argmax import EXACT, LAYOUTS, SHAPES, assert_labels, random_logits, smooth_logits
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = {"confusion_matrix": 1, "upsample_argmax": 2, "upsample_confusion_matrix": 3, "depthwise_conv": 4}
+KERNELS = {
+    "confusion_matrix": 1,
+    "upsample_argmax": 2,
+    "upsample_confusion_matrix": 3,
+    "kth_largest": 4,
+    "depthwise_conv": 5,
+}
 STREAM = 0x5EED  # a handle that is passed through
-FLAGS = ("-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+# -fno-gnu-unique: otherwise all libraries of the process share the emulator's inline variables. -U_FORTIFY_SOURCE: it
+# forbids jumps between stacks.
+FLAGS = (
+    *("-std=c++17", "-O2", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-fno-gnu-unique"),
+    *("-Wall", "-Werror", "-Wno-unknown-pragmas"),
+)
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 
@@ -34,7 +47,8 @@ def rewritten(source: str) -> str:
     """CUDA C++ without what only nvcc can read: launches, and shared memory of the launch's size."""
     source = re.sub(r"extern __shared__ (\w+) (\w+)\[\];", r"auto* const \2 = (\1*)emulator::shared();", source)
     launch = r"(\w+(?:<[^<>;]*>)?)<<<(.*?)>>>\((.*?)\);"
-    return re.sub(launch, r"emulator::launch(\2, [&] { \1(\3); });", source, flags=re.DOTALL)
+    emulated = r"emulator::launch(reinterpret_cast<const void*>(&\1), \2, [&] { \1(\3); });"
+    return re.sub(launch, emulated, source, flags=re.DOTALL)
 
 
 def emulate(folder: Path, name: str) -> ctypes.CDLL:
@@ -116,9 +130,9 @@ def count_upsampled(
 
 
 def launch_of(library: ctypes.CDLL) -> dict[str, int]:
-    values = (ctypes.c_int64 * 7)()
+    values = (ctypes.c_int64 * 9)()
     library.last_launch(values)
-    names = ("launches", "blocks", "threads", "shared", "stream", "device", "device_afterwards")
+    names = ("launches", "blocks", "threads", "shared", "stream", "device", "device_afterwards", "wanted", "questions")
     return dict(zip(names, values, strict=True))
 
 
@@ -286,18 +300,73 @@ def test_counts_of_many_classes(emulated, classes, limit):
         assert all(map(torch.equal, counts, counted(prediction, target, classes, 255)))
 
 
+# --- kth_largest ---
+
+
+def kth(library: ctypes.CDLL, x: Tensor, k: int) -> float:
+    value, counts = torch.full((3,), -7.0), torch.zeros(3, 2048, dtype=torch.int64)
+    sizes = (ctypes.c_int64(x.numel()), ctypes.c_int64(k))
+    call(library, "kth_largest", pointer(x), *sizes, ctypes.c_void_p(value.data_ptr() + 4), pointer(counts))
+    assert value[0] == value[2] == -7 and counts[0].sum() == x.numel()
+    return value[1].item()
+
+
+@pytest.mark.parametrize("make", [losses, any_bits, neighbours])
+@pytest.mark.parametrize("size", [1, 3, 4, 65, 2048, 9000])
+def test_kth_largest(emulated, make, size):
+    library = emulated["kth_largest"]
+    x = make(size + 1, seed=20)
+    for multiprocessors, descending, values in itertools.product((1, 2), (0, 1), (x[:size], x[1:])):
+        configure(library, multiprocessors=multiprocessors, descending=descending)
+        for k in ranks(size):
+            assert kth(library, values, k) == values.sort(descending=True).values[k - 1]
+
+
+def test_kth_largest_of_nan_and_infinities(emulated):
+    library = emulated["kth_largest"]
+    configure(library)
+    x = losses(3000, seed=21)
+    x[::100], x[5::200] = math.inf, -math.inf
+    for k in (1, 30, 31, 2985, 2986, 3000):
+        assert kth(library, x, k) == x.sort(descending=True).values[k - 1]
+    for bits in (0x7FC00000, 0x7F800001, -1):
+        x[2999] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+        assert all(math.isnan(kth(library, x, k)) for k in (1, 2, 3000))
+
+
 # --- all of them ---
 
 
-def test_launchers_use_the_stream_and_the_device_that_they_are_given(emulated):
-    logits = random_logits((1, 5, 4, 4), seed=18)
-    labels = argmax(emulated["upsample_argmax"], logits, (16, 16))
-    count(emulated["confusion_matrix"], labels, labels, 5, 255)
-    count_upsampled(emulated["upsample_confusion_matrix"], logits, labels, 255)
+def call_each(emulated: dict[str, ctypes.CDLL], limit: int) -> list[dict[str, int]]:
+    """What the four launchers did on a device with this limit of shared memory. The matrices take more than 48 KB."""
+    logits = random_logits((1, 115, 4, 4), seed=18)
     for library in emulated.values():
-        launch = launch_of(library)
-        assert launch["launches"] == 1 and launch["stream"] == STREAM
-        assert launch["device"] == 3 and launch["device_afterwards"] == 7
+        configure(library, limit=limit)
+    labels = torch.zeros(1, 16, 16, dtype=torch.uint8)
+    size = geometry(logits, (16, 16))
+    call(emulated["upsample_argmax"], "upsample_argmax", pointer(logits), 0, size, 0, pointer(labels))
+    count(emulated["confusion_matrix"], labels, labels, 115, 255)
+    count_upsampled(emulated["upsample_confusion_matrix"], logits, labels, 255)
+    kth(emulated["kth_largest"], logits, 30)
+    return [launch_of(library) for library in emulated.values()]
+
+
+def test_launchers_use_the_stream_and_the_device_that_they_are_given(emulated):
+    for limit in (99 << 10, 227 << 10):
+        for launch in call_each(emulated, limit):
+            assert launch["launches"] in (1, 4) and launch["stream"] == STREAM
+            assert launch["device"] == launch["wanted"] and launch["device_afterwards"] == 7
+
+
+def test_the_driver_is_asked_once_for_each_device(emulated):
+    """What it said of one device is not taken for another's: a limit that is too high fails the launch."""
+    limits = [(64 + 2 * i) << 10 for i in range(2)]  # of devices that no other test has
+    first = [[launch["questions"] for launch in call_each(emulated, limit)] for limit in limits]
+    again = [[launch["questions"] for launch in call_each(emulated, limit)] for limit in reversed(limits)]
+    assert again == [[0] * 4] * 2
+    # upsample_argmax needs nothing; of a matrix: multiprocessors, limit, the kernel's share of it, blocks that fit
+    expected = {"confusion_matrix": 3, "upsample_argmax": 0, "upsample_confusion_matrix": 4, "kth_largest": 1}
+    assert first == [[expected[name] for name in emulated]] * 2
 
 
 def test_every_kernel_is_emulated():

@@ -238,21 +238,22 @@ def test_what_is_not_aligned_takes_the_other_kernel(library):
 
 
 def test_offsets_beyond_32_bits(library):
-    """The last block of two images of more than 2^31 elements, in memory of which only its pages are touched."""
-    size = (2, 8, (1 << 14) + (1 << 10), 1 << 14)  # the last row begins beyond 2^32 bytes of its image
+    """The last block, all rows of which lie beyond 2^32 bytes, in memory of which only its pages are touched."""
+    size = (1, 8, (1 << 14) + (1 << 8), 1 << 14)
     x = torch.empty(size, dtype=torch.bfloat16, memory_format=torch.channels_last)
     y = torch.empty_like(x, memory_format=torch.channels_last)
     _, weight, scale, shift = tensors((1, 8, 1, 1), 3, torch.bfloat16)
     configure(library)
     plan = planned(library, x, 3, 1, [1])
     rows, columns = plan["rows"], plan["columns"]
+    assert (size[2] - rows - 1) * x.stride(2) * x.element_size() >= 1 << 32
     corner = tensors((1, 8, rows + 1, columns + 1), 1, torch.bfloat16)[0]
-    x[1:, :, -rows - 1 :, -columns - 1 :] = corner
+    x[..., -rows - 1 :, -columns - 1 :] = corner
     library.begin_at(plan["blocks"] - 1)
     rate = addresses(weight, scale, shift, y)
     call(library, OP, *arguments(x, 3, 1), 0, 1, rate, integers([1]), None)
     expected = depthwise_conv_reference(*wide([corner, weight, scale, shift]))
-    assert_close(y[1:, :, -rows:, -columns:], expected[..., 1:, 1:])
+    assert_close(y[..., -rows:, -columns:], expected[..., 1:, 1:])
 
 
 class Module:
@@ -310,7 +311,7 @@ def test_the_launch(library):
     x, *rest = tensors((1, 16, 20, 20), 3, torch.float32)
     convolve(library, x, [(*rest, 3)])
     launch = launch_of(library)
-    assert (launch["launches"], launch["device"], launch["device_afterwards"]) == (1, 3, 7)
+    assert (launch["launches"], launch["device"], launch["device_afterwards"]) == (1, launch["wanted"], 7)
     assert launch["stream"] == STREAM and launch["threads"] == 128 and launch["shared"] <= 48 << 10
     convolve(library, x, [(rest[0], None, None, 3)], statistics=True)
     assert launch_of(library)["launches"] == 2
@@ -318,3 +319,15 @@ def test_the_launch(library):
     configure(library)
     call(library, OP, *arguments(x, 3, 1), 0, 1, addresses(*rest, x), integers([1]), None)
     assert launch_of(library)["launches"] == 0
+
+
+def test_the_driver_is_asked_once_for_each_device(library):
+    x, *rest = tensors((1, 16, 20, 20), 3, torch.float32)
+    asked, y = [], torch.empty_like(x)
+    for multiprocessors in (11, 12, 11):  # devices that no other test has
+        configure(library, multiprocessors=multiprocessors)
+        convolution = (*arguments(x, 3, 1), 0, 1, addresses(*rest, y), integers([1]), None)
+        for _ in range(2):
+            call(library, OP, *convolution)
+            asked.append(launch_of(library)["questions"])
+    assert asked == [1, 0, 1, 0, 0, 0]

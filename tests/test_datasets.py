@@ -490,8 +490,10 @@ def test_voc_years_are_kept_apart(tmp_path):
     voc_set(tmp_path / "VOC2012")
     image = opened(tmp_path, name="voc", year="2007").pairs[0].image
     assert image == tmp_path / "VOC2007/JPEGImages/a.jpg"
+    (tmp_path / "VOC2007").rename(tmp_path / "VOC2009")
+    assert opened(tmp_path, name="voc", year="2009").pairs[0].image == tmp_path / "VOC2009/JPEGImages/a.jpg"
     with pytest.raises(UserError, match="holds no PASCAL VOC 2012"):
-        opened(tmp_path / "VOC2007", name="voc")
+        opened(tmp_path / "VOC2009", name="voc")
 
 
 def test_voc_augmented_masks(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -16,14 +17,14 @@ from deeplab_fast.config import Config, DataConfig, ModelConfig
 from deeplab_fast.data.augment import MEAN, STD
 from deeplab_fast.data.datasets import open_dataset
 from deeplab_fast.data.labels import CAMVID, VOC, Classes
-from deeplab_fast.data.protocol import CentreCrop
+from deeplab_fast.data.protocol import CentreCrop, Padded
 from deeplab_fast.data.scenes import SCENES
 from deeplab_fast.errors import UserError
 from deeplab_fast.evaluate import check_classes, choose_data, main
 
 JSON_KEYS = {
     *("pixel_accuracy", "mean_accuracy", "miou", "fw_iou", "class_iou", "confusion"),
-    *("checkpoint", "data", "split", "images", "protocol", "scales", "flip", "classes"),
+    *("checkpoint", "data", "split", "images", "protocol", "scales", "flip", "output_stride", "classes"),
 }
 
 
@@ -71,7 +72,7 @@ def camvid(tmp_path: Path) -> Path:
 def oracle(camvid: Path, monkeypatch: pytest.MonkeyPatch) -> Oracle:
     model = Oracle(CAMVID)
     config = Config(data=DataConfig(name="camvid", root=str(camvid), workers=0))
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (model, config, CAMVID))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device, **_: (model, config, CAMVID))
     return model
 
 
@@ -217,7 +218,7 @@ def test_the_year_of_voc_can_be_another_one(monkeypatch):
         name="voc", root="a", year="2012", train_split="trainval"
     )
     opened = []
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (None, Config(data=saved), VOC))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device, **_: (None, Config(data=saved), VOC))
     monkeypatch.setattr(evaluate, "open_dataset", lambda data, split: opened.append(data.year) or exit("opened"))
     for flags in (["--year", "2012"], []):
         with pytest.raises(SystemExit, match="opened"):
@@ -249,6 +250,56 @@ def test_a_scenes_checkpoint_evaluates_without_a_flag(tmp_path):
     saved = json.loads((tmp_path / "scores.json").read_text())
     assert sum(map(sum, saved["confusion"])) == 2 * 48 * 64
     assert saved["data"] == "scenes" and len(saved["class_iou"]) == len(SCENES)
+
+
+def test_the_output_stride_may_be_another_than_in_training(tmp_path, capsys):
+    model = ModelConfig(backbone="resnet18", aspp_channels=8, low_level_channels=4, decoder_channels=8)
+    config = Config(data=DataConfig(scene_size=(48, 64), scene_val_count=1, workers=0), model=model)
+    state = checkpoint.build(config, SCENES).state_dict()
+    content = {"model": state, "config": config.to_dict(), "classes": checkpoint.classes_to_dict(SCENES)}
+    checkpoint.save(tmp_path / "best.pt", content)
+    for flags, stride, told in (([], 16, " val; "), (["--output-stride", "8"], 8, " val, output stride 8; ")):
+        assert run("--json", tmp_path / "scores.json", *flags, checkpoint=tmp_path / "best.pt") == 0
+        assert json.loads((tmp_path / "scores.json").read_text())["output_stride"] == stride
+        assert told in capsys.readouterr().out
+
+
+def test_padding_goes_to_sides_of_16_k_plus_1(camvid):
+    dataset = open_dataset(DataConfig(name="camvid", root=str(camvid)), "val")
+    for least, sizes in ((513, [(513, 513)] * 2), (1, [(33, 33), (49, 33)]), (40, [(40, 40), (49, 40)])):
+        padded = Padded(dataset, (1, 2, 3), least)
+        for index, size in enumerate(sizes):
+            (image, mask), (whole, truth) = padded.load(index), dataset.load(index)
+            assert image.shape == (*size, 3) and mask.shape == size and image.dtype == mask.dtype == np.uint8
+            height, width = truth.shape
+            assert (image[:height, :width] == whole).all() and (mask[:height, :width] == truth).all()
+            assert (mask[height:] == 255).all() and (mask[:, width:] == 255).all()
+            assert (image[height:] == (1, 2, 3)).all() and (image[:, width:] == (1, 2, 3)).all()
+            assert (padded.cut(index, mask) == truth).all()
+
+
+@pytest.mark.parametrize(("pixels", "colour"), [("imagenet", (124, 116, 104)), ("symmetric", (128, 128, 128))])
+def test_the_padded_protocol_scores_every_pixel_of_the_image(oracle, tmp_path, monkeypatch, pixels, colour):
+    """The oracle sees nothing but the pixel itself, so padding must not change a score or a mask."""
+    assert run("--json", tmp_path / "paper.json", "--output", tmp_path / "paper") == 0
+    made = []
+
+    class Spied(Padded):
+        def __init__(self, dataset, grey) -> None:
+            made.append(grey)
+            super().__init__(dataset, grey)
+
+    monkeypatch.setattr(evaluate, "Padded", Spied)
+    oracle.seen.clear()
+    _, config, classes = checkpoint.load_model(None, None)
+    config = dataclasses.replace(config, model=ModelConfig(pixels=pixels))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device, **_: (oracle, config, classes))
+    assert run("--protocol", "pad513", "--json", tmp_path / "padded.json", "--output", tmp_path / "padded") == 0
+    assert oracle.seen == {(513, 513)} and made == [colour]
+    paper, padded = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("paper", "padded"))
+    assert padded["confusion"] == paper["confusion"] and padded["protocol"] == "pad513"
+    for name in ("street0.png", "street1.png"):
+        assert (tmp_path / "padded" / name).read_bytes() == (tmp_path / "paper" / name).read_bytes()
 
 
 def test_scales_and_flip_reach_the_model(oracle, tmp_path, capsys):

@@ -394,8 +394,13 @@ def test_ceilings_go_into_the_json(results, monkeypatch, capsys):
     assert "copy_gb_s" in capsys.readouterr().out
 
 
+ROW = {"median_ms": 0.1, "ratio": 1.0, "gb_s": 4.0, "share_of_copy": 0.5, "cold_ms": 0.2, "peak_mb": 1.5}
+ABOUT_A_GPU = ABOUT | {"driver": "580", "threads": 16, "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
+ABOUT_A_GPU |= {"roof": {"copy_gb_s": 4300.0, "matmul_tflop_s": 780.0}}
+
+
 def test_report_of_a_gpu(tmp_path, monkeypatch):
-    row = {"median_ms": 0.1, "ratio": 1.0, "gb_s": 4.0, "share_of_copy": 0.5, "cold_ms": 0.2, "peak_mb": 1.5}
+    row = ROW
     rows = {
         "triton": row | {"share_of_roof": 0.8, "fits_l2": True},
         "eager": row | {"ratio": 3.0, "cold_ms": 0.8, "peak_mb": 30.0},
@@ -403,10 +408,9 @@ def test_report_of_a_gpu(tmp_path, monkeypatch):
         "triton+graph": row | {"ratio": 0.9},
         "compile_max": row | {"ratio": 2.0},
     }
-    about = ABOUT | {"driver": "580", "threads": 16, "versions": {"torch": "2.11.0", "triton": "3.6.0"}}
     captured = rows | {"eager+graph": row | {"ratio": 1.5}}
     results = {"op shape bf16": rows, "another bf16": captured}
-    about |= {"roof": {"copy_gb_s": 4300.0, "matmul_tflop_s": 780.0}, "results": results}
+    about = ABOUT_A_GPU | {"results": results}
     path = tmp_path / "a_gpu.json"
     path.write_text(json.dumps(about))
     monkeypatch.setattr(report, "ROOT", tmp_path)  # without a README.md: this device's table does not go there
@@ -418,3 +422,16 @@ def test_report_of_a_gpu(tmp_path, monkeypatch):
     assert "| another bf16 | 0.1 ms | 3 x | 2 x | 0.9 x | 1.5 x | 80% cold | 1.5 / 30 MB |" in text
     assert "L2 cache was overwritten" in text and "| op shape bf16 | 0.2 ms | 4 x |" in text
     assert path.with_suffix(".png").stat().st_size > 1000
+
+
+def test_report_of_two_kernels_of_ours():
+    """Where CUDA C++ is what the others are compared with, Triton is one of them; where it is alone, it is ours."""
+    native = {"native": ROW, "triton": ROW | {"ratio": 1.2, "cold_ms": 0.3}, "eager": ROW | {"ratio": 3.0}}
+    native |= {"native+graph": ROW | {"ratio": 0.8}, "triton+graph": ROW | {"ratio": 0.7}}
+    triton = {"triton": ROW, "eager": ROW | {"ratio": 3.0}, "triton+graph": ROW | {"ratio": 0.7}}
+    text = report.tables(ABOUT_A_GPU | {"results": {"both": native, "one": triton}}, whole=True)
+    heads = "ours | eager | ours in Triton | ours in a graph | ours in Triton in a graph | of the copy rate"
+    assert f"| op and shape | {heads} | peak memory, ours / eager |" in text
+    assert "| both | 0.1 ms | 3 x | 1.2 x | 0.8 x | 0.7 x |" in text
+    assert "| one | 0.1 ms | 3 x |  | 0.7 x |  |" in text
+    assert "| both | 0.2 ms | 1 x | 1.5 x | 1 x | 1 x |" in text

@@ -237,7 +237,28 @@ def test_a_backbone_alone_needs_the_classes(tmp_path: Path) -> None:
             {"aspp.aspp1.atrous_conv.weight": 1, "backbone.conv1.weight": 1},
             "with a ResNet can be read, this has another",
         ),
+        (
+            {"aspp.aspp1.atrous_conv.weight": 1, "backbone.block20.rep.1.conv1.weight": 1},
+            "with a ResNet can be read, this has an Xception that is not xception65: its decoder reads",
+        ),
+        ({"aspp.aspp1.atrous_conv.weight": 1, "backbone.layer0.0.weight": 1}, "can be read, this has a DRN"),
+        (
+            {"aspp.aspp1.atrous_conv.weight": 1, "backbone.features.0.0.weight": 1},
+            "can be read, this has a MobileNetV2",
+        ),
         ({"classifier.aspp.convs.0.0.weight": 1}, "with a ResNet or MobileNetV2 can be read, this has another"),
+        (
+            {"classifier.aspp.convs.0.0.weight": 1, "backbone.block12.rep.1.conv1.weight": 1},
+            "with a ResNet or MobileNetV2 can be read, this has Chollet's Xception: max pooling",
+        ),
+        (
+            {
+                "classifier.classifier.0.convs.0.0.weight": 1,
+                "backbone.layer1.0.conv1.weight": 1,
+                "backbone.stage4.0.branches.0.0.conv1.weight": 1,
+            },
+            "with a ResNet or MobileNetV2 can be read, this has an HRNet",
+        ),
         ({"classifier.0.convs.0.0.weight": 1, "backbone.0.0.weight": 1}, "MobileNetV3 for a backbone"),
         ({"aspp.branches.0.conv.weight": 1}, "is a checkpoint of this project: evaluate, predict and train --weights"),
         ({"21.conv11.0.weight": 1}, "a file of zym1119/.* without 'backbone.features.0.0.weight', expected a whole"),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from deeplab_fast import ops
 from deeplab_fast.model import build_model
 from deeplab_fast.model.layers import ConvNormAct, SeparableConv, conv_norm_act, norm_act
 from deeplab_fast.model.norm import FrozenBatchNorm2d
@@ -167,6 +168,23 @@ def test_bf16_on_a_cpu_with_amx_takes_the_single_ops(monkeypatch):
     assert ran("depthwise_conv")
 
 
+@pytest.mark.parametrize("order", ["norm_last", "norm_each"])
+@pytest.mark.parametrize("pooling", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_aspp_writes_its_branches_side_by_side(monkeypatch, order, pooling, dtype):
+    """Bit for bit what torch.cat of the branches gives, under autocast too; a branch with a hook takes that."""
+    monkeypatch.setattr(sys.modules[ops.separable_conv.__module__], "_has_amx", lambda: False)
+    model = randomise(build_model(backbone="mobilenet_v2", separable_order=order, image_pooling=pooling, **SMALL))
+    aspp, x, seen = model.eval().aspp, batch(2, 320, 5, 6), []
+    with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16), dispatch.requesting(""):
+        y = aspp(x)
+        assert ran("separable_conv_concat") and dispatch.last_backend("separable_conv") is None
+        branch = aspp.branches[2]
+        branch.register_forward_hook(lambda *args: seen.append(args))
+        assert torch.equal(y, aspp(x))
+    assert len(seen) == 1 and ran("separable_conv")
+
+
 def test_one_value_per_channel_is_refused_as_by_torch():
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training"):
         ConvNormAct("batch", 3, 8, 3)(torch.randn(1, 3, 1, 1))
@@ -288,7 +306,7 @@ def test_export_holds_the_ops(tmp_path):
     with torch.no_grad():
         exported = torch.export.export(model, (x,))
         targets = {str(node.target) for node in exported.graph.nodes}
-        assert "deeplab_fast.separable_conv.default" in targets
+        assert {f"deeplab_fast.separable_conv{part}.default" for part in ("", "_concat")} <= targets
         torch.export.save(exported, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
         torch.testing.assert_close(loaded(x), model(x))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from deeplab_fast.loss import cross_entropy_sum, mean_loss, target_weight
+from deeplab_fast.config import OptimConfig
+from deeplab_fast.loss import cross_entropy_sum, hard_pixels, mean_loss, target_weight
+from deeplab_fast.ops import dispatch
 
 CASES = [
     pytest.param(None, 0.0, False, id="plain"),
@@ -97,3 +101,31 @@ def test_weight_and_loss_agree_on_what_is_a_label(class_weights):
     assert weight == (4 if class_weights is None else 1 + 2 + 4 + 2) and out_of_range == 3
     loss = cross_entropy_sum(torch.zeros(1, 3, 2, 4), mask, class_weights=class_weights)
     torch.testing.assert_close(loss, weight * torch.log(torch.tensor(3.0)))
+
+
+OHEM = {"mining": "ohem", "ohem_threshold": 0.01, "ohem_min_kept": 0.3}
+
+
+@pytest.mark.parametrize("options", [OHEM, {"mining": "top_k", "top_k": 0.2}])
+@pytest.mark.parametrize("strange", [None, math.nan])
+def test_hard_pixels_are_those_that_topk_finds(options, strange):
+    """Among them all that tie with the last: coarse logits have many equals."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 5, 9, 11, generator=generator).round()
+    mask = torch.randint(0, 6, (2, 9, 11), generator=generator).to(torch.uint8)
+    mask[mask == 5] = 255
+    if strange is not None:
+        logits[1, 2, 3, 4], mask[1, 3, 4] = strange, 2
+    kept = {}
+    for backend in dispatch.OPS["kth_largest"].backends:
+        if dispatch.explain("kth_largest", torch.zeros(1), 1)[backend]:
+            continue
+        with dispatch.requesting(f"kth_largest={backend}"):
+            kept[backend] = hard_pixels(logits, mask, OptimConfig(**options))
+        assert dispatch.last_backend("kth_largest") == backend
+    count = int((kept["reference"] != 255).sum())
+    if strange is math.nan:
+        assert torch.equal(kept["reference"], mask)
+    else:
+        assert 30 < count < (mask != 255).sum()
+    assert all(torch.equal(one, kept["reference"]) for one in kept.values())

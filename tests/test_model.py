@@ -41,6 +41,23 @@ def test_parameter_count(name: str, classes: int, fields: dict, count: int) -> N
     assert sum(p.numel() for p in model.parameters()) == count
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "features"),
+    [
+        ("resnet18", 11_689_512, 512),
+        ("resnet34", 21_797_672, 512),
+        ("resnet50", 25_557_032, 2048),
+        ("resnet101", 44_549_160, 2048),
+        ("resnet152", 60_192_808, 2048),
+    ],
+)
+def test_resnets_have_the_parameters_of_torchvisions_classifiers(name: str, count: int, features: int) -> None:
+    """Those of torchvision's documentation, with 1,000 classes."""
+    with torch.device("meta"):
+        backbone = build_model(backbone=name, **SMALL).backbone
+    assert sum(p.numel() for p in backbone.parameters()) + 1000 * features + 1000 == count
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(65, 97), (33, 50)])
 @pytest.mark.parametrize("output_stride", [8, 16, 32])
@@ -104,6 +121,37 @@ def test_basic_block_dilations() -> None:
     assert last_stages(model) == [[1, 1, 1, 1], [1, 2, 2, 2]]
 
 
+@torch.no_grad()
+def test_beta_stem_is_three_convolutions_with_norms_between() -> None:
+    torch.manual_seed(0)
+    backbone = build_model(backbone="resnet18", beta_stem=True, **SMALL).backbone.eval()
+    first, norm, _, second, other, _, third = backbone.conv1
+    for module in (norm, other, backbone.bn1):
+        nn.init.uniform_(module.weight, 0.5, 1.5)
+        nn.init.uniform_(module.bias, -0.5, 0.5)
+    x = torch.randn(1, 3, 33, 50)
+    y = norm(F.conv2d(x, first.weight, stride=2, padding=1)).relu()
+    y = other(F.conv2d(y, second.weight, padding=1)).relu()
+    y = backbone.bn1(F.conv2d(y, third.weight, padding=1)).relu()
+    expected = backbone.layer1(F.max_pool2d(y, 3, stride=2, padding=1))
+    assert expected.shape == (1, 64, 9, 13)
+    torch.testing.assert_close(backbone(x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_dropout_after_the_projection_in_training_only() -> None:
+    torch.manual_seed(0)
+    model = build_model("deeplabv3", backbone="resnet18", dropout=0.5, **SMALL)
+    seen = []
+    model.aspp.project.register_forward_hook(lambda _m, _x, y: seen.append(y))
+    x = torch.randn(2, 512, 9, 9)
+    for training, share in ((True, 0.5), (False, 0.0)):
+        y = model.aspp.train(training)(x)
+        positive = seen[-1] > 0
+        assert (y[positive] == 0).float().mean().item() == pytest.approx(share, abs=0.05)
+        torch.testing.assert_close(y[y > 0], (seen[-1] / (1 - share))[y > 0])
+
+
 @pytest.mark.parametrize(("first", "expected"), [("stage", [2, 2, 2, 2]), ("previous", [1, 2, 2, 2])])
 def test_mobilenet_dilations(first: str, expected: list[int]) -> None:
     with torch.device("meta"):
@@ -155,6 +203,8 @@ VARIANTS = [
     {"backbone": "resnet18", "activation": "leaky_relu", "aspp_activation": False, "separable_order": "norm_each"},
     {"backbone": "mobilenet_v2_zym1119", "multi_grid": (1, 2, 4), "pixels": "bgr_unit", "aspp_activation": False},
     {"backbone": "mobilenet_v2_1280", "pixels": "symmetric"},
+    {"backbone": "resnet_v1_50_beta", "multi_grid": (1, 2, 4), "pixels": "symmetric"},
+    {"name": "deeplabv3", "width_mult": 0.5, "width_divisor": 4, "atrous_rates": ()},
 ]
 
 
@@ -166,6 +216,19 @@ def test_gradient_reaches_every_parameter(fields: dict) -> None:
     F.cross_entropy(logits, torch.randint(5, (2, *logits.shape[2:]))).backward()
     for key, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output_stride", [8, 16, 32])
+def test_the_stride_at_the_end_of_a_stage(output_stride: int) -> None:
+    """In fp32 as the ops compute it and in fp64, and the sizes at odd sides."""
+    torch.manual_seed(0)
+    backbone = build_model(backbone="resnet_v1_50_beta", output_stride=output_stride, **SMALL).backbone.eval()
+    x = torch.randn(1, 3, 67, 98)
+    found, exact = backbone(x), backbone.double()(x.double())
+    for y, expected, stride in zip(found, exact, (4, output_stride), strict=True):
+        assert y.shape[2:] == (-(-67 // stride), -(-98 // stride))
+        torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("order", ["norm_last", "norm_each"])
@@ -285,6 +348,8 @@ def test_training_on_one_image() -> None:
             "output_stride is 8: .* has one stride, expected 16",
         ),
         ({"width_mult": 0.0}, "width_mult is 0.0: expected a number above 0"),
+        ({"width_divisor": 0}, "width_divisor is 0: expected 1 or more"),
+        ({"backbone": "resnet50", "width_divisor": 4}, "width_divisor is 4: resnet50 has no width multiplier"),
         ({"multi_grid": (1, 2, 4)}, r"multi_grid is \(1, 2, 4\): mobilenet_v2 has none"),
         ({"backbone": "resnet50", "multi_grid": (1, 2)}, r"multi_grid is \(1, 2\): expected three factors"),
         ({"backbone": "resnet18", "multi_grid": (1, 2, 4)}, "resnet18 ends with 2 blocks, not three"),
@@ -355,3 +420,32 @@ def test_zym1119_dilations() -> None:
     # The published count, and ASPP's pooling, which there shares its convolution.
     own = sum(p.numel() for p in model.aspp.pool.parameters())
     assert (sum(p.numel() for p in model.parameters()) - own) / 1e6 == pytest.approx(4.12, abs=0.005)
+
+
+@pytest.mark.parametrize(
+    ("fields", "widths"),
+    [
+        ({"width_mult": 0.5}, [16, 8, 16, 16, 32, 48, 80, 160]),
+        # Of a published file, deeplabv3_mnv2_dm05.
+        ({"width_mult": 0.5, "width_divisor": 4}, [16, 8, 12, 16, 32, 48, 80, 160]),
+        ({"width_mult": 1.0, "width_divisor": 4}, [32, 16, 24, 32, 64, 96, 160, 320]),
+    ],
+)
+def test_mobilenet_widths(fields: dict, widths: list[int]) -> None:
+    with torch.device("meta"):
+        model = build_model(num_classes=2, auxiliary=True, **fields)
+    blocks = model.backbone.features
+    assert [
+        blocks[i][0].out_channels if i == 0 else blocks[i].conv[-2].out_channels for i in (0, 1, 2, 4, 7, 11, 14, 17)
+    ] == widths
+    assert (model.decoder.low_level.conv.in_channels, model.auxiliary.reduce.conv.in_channels) == (widths[2], widths[5])
+    assert model.backbone.out_channels == widths[-1]
+
+
+def test_no_rates_leave_the_1x1_branch_and_the_pooling() -> None:
+    with torch.device("meta"):
+        model = build_model("deeplabv3", num_classes=2, atrous_rates=(), aspp_channels=32)
+    assert [tuple(branch.conv.weight.shape) for branch in (*model.aspp.branches, model.aspp.pool)] == [
+        (32, 320, 1, 1)
+    ] * 2
+    assert model.aspp.project.conv.in_channels == 64

@@ -66,6 +66,14 @@ def test_labels_are_those_of_the_mean_probability(align_corners, scales, flip):
     assert torch.equal(labels.long()[sure], mean.argmax(0)[sure])
 
 
+def test_scaled_sides_stay_on_the_grid_of_aligned_corners():
+    """tensorflow/models: a side becomes (side - 1) * scale + 1, so that 513 x 0.5 and 513 x 1.5 are 257 and 769."""
+    for align_corners, sizes in ((True, [(17, 25), (49, 75)]), (False, [(16, 25), (50, 75)])):
+        model = Coarse(align_corners)
+        predict_image(model, picture(33, 50), device=CPU, scales=(0.5, 1.5))
+        assert model.seen == sizes
+
+
 class BySize(nn.Module):
     """The same logits everywhere: sure of class 0 at the first size, and mildly for class 1 at any other."""
 

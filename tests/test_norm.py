@@ -5,8 +5,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deeplab_fast.errors import UserError
 from deeplab_fast.model import build_model
-from deeplab_fast.model.norm import FrozenBatchNorm2d, StandardisedConv2d, group_count, make_norm
+from deeplab_fast.model.norm import (
+    NORMS,
+    FrozenBatchNorm2d,
+    StandardisedConv2d,
+    SyncBatchNorm2d,
+    group_count,
+    make_norm,
+)
 
 SMALL = {"backbone": "resnet18", "num_classes": 5, "aspp_channels": 32, "decoder_channels": 32}
 
@@ -32,17 +40,22 @@ def test_frozen_batch_norm_uses_its_statistics() -> None:
     assert torch.equal(frozen(x), plain.eval()(x))
 
 
-def test_sync_batch_of_one_process_is_plain_batch_norm() -> None:
-    model = build_model(norm="sync_batch", **SMALL)
-    assert {type(m) for m in model.modules() if hasattr(m, "running_mean")} == {nn.BatchNorm2d}
+@pytest.mark.parametrize("training", [True, False])
+def test_sync_batch_of_one_process_is_plain_batch_norm(training: bool) -> None:
+    torch.manual_seed(0)
+    plain, synchronised = (build_model(norm=norm, dropout=0.0, **SMALL).train(training) for norm in NORMS[:2])
+    norms = {type(m) for m in synchronised.modules() if hasattr(m, "running_mean")}
+    assert norms == {SyncBatchNorm2d}
+    synchronised.load_state_dict(plain.state_dict())
+    x = torch.randn(2, 3, 33, 33)
+    assert torch.equal(synchronised(x), plain(x))
+    for (name, ours), theirs in zip(synchronised.state_dict().items(), plain.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
-@pytest.mark.parametrize(("processes", "expected"), [(1, nn.BatchNorm2d), (2, nn.SyncBatchNorm)])
-def test_sync_batch_follows_the_number_of_processes(monkeypatch, processes: int, expected: type) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
-    assert type(make_norm("sync_batch", 8)) is expected
-    assert type(make_norm("batch", 8)) is nn.BatchNorm2d
+def test_one_value_per_channel_is_refused_as_by_plain_batch_norm() -> None:
+    with pytest.raises(UserError, match="one value per channel"):
+        build_model(norm="sync_batch", **SMALL).train()(torch.randn(1, 3, 33, 33))
 
 
 @pytest.mark.parametrize(

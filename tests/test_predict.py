@@ -39,7 +39,7 @@ class Threshold(nn.Module):
 
 @pytest.fixture(autouse=True)
 def model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (Threshold(), Config(), CLASSES))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device, **_: (Threshold(), Config(), CLASSES))
 
 
 @pytest.fixture
@@ -225,6 +225,16 @@ def test_windows_give_the_same_mask(photos, tmp_path):
     assert (read_mask(tmp_path / "out" / "a.png") == expected_mask(grey)).all()
 
 
+def test_the_output_stride_reaches_the_model(photos, tmp_path, monkeypatch):
+    asked = []
+    load = lambda path, device, output_stride: asked.append(output_stride) or (Threshold(), Config(), CLASSES)  # noqa: E731
+    monkeypatch.setattr(checkpoint, "load_model", load)
+    Image.fromarray(half_bright()).save(photos / "a.png")
+    for flags in ([], ["--output-stride", 8]):
+        assert run(photos / "a.png", "--output", tmp_path / "out", *flags) == 0
+    assert asked == [None, 8]
+
+
 def test_wrong_arguments_are_one_sentence(photos, tmp_path):
     with pytest.raises(UserError, match="photos holds no image"):
         run(photos, "--output", tmp_path / "out")
@@ -247,7 +257,7 @@ def test_submission_holds_label_ids_and_is_there_whole_or_not_at_all(photos, tmp
     arguments = [photos, "--output", tmp_path / "out", "--submission", archive]
     with pytest.raises(UserError, match="the checkpoint has other classes"):
         run(*arguments)
-    monkeypatch.setattr(checkpoint, "load_model", lambda path, device: (Threshold(), Config(), CITYSCAPES))
+    monkeypatch.setattr(checkpoint, "load_model", lambda path, device, **_: (Threshold(), Config(), CITYSCAPES))
     (photos / "broken.png").write_bytes(b"PNG")
     with pytest.raises(UserError, match="broken.png cannot be read: .*; a submission needs every image"):
         run(*arguments)

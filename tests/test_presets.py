@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+from deeplab_fast import checkpoint, presets, recipes
 from deeplab_fast import train as command
+from deeplab_fast.checkpoint import build
 from deeplab_fast.cli import parse_train
-from deeplab_fast.config import Config
-from deeplab_fast.data.labels import voc_palette
+from deeplab_fast.config import Config, DataName
+from deeplab_fast.data.augment import draw_scale
+from deeplab_fast.data.labels import VOC, voc_palette
 from deeplab_fast.errors import UserError
 from deeplab_fast.presets import PRESETS
-from deeplab_fast.schedule import lr_factor
+from deeplab_fast.schedule import lr_factor, parameter_groups
 
 
 def save(path: Path, picture: Image.Image) -> None:
@@ -52,7 +59,7 @@ def write_voc(root: Path) -> None:
         save(root / "VOC2012" / "SegmentationClassAug" / f"{stem}.png", mask)
     lists = root / "VOC2012" / "ImageSets" / "Segmentation"
     lists.mkdir(parents=True)
-    for name, part in (("train", stems[:3]), ("val", stems[5:]), ("train_aug", stems[:5])):
+    for name, part in (("train", stems[:3]), ("val", stems[5:]), ("trainval", stems[:5]), ("train_aug", stems[:5])):
         (lists / f"{name}.txt").write_text("\n".join(part) + "\n")
 
 
@@ -73,14 +80,53 @@ def write_folder(root: Path) -> None:
     (root / "dataset.toml").write_text('names = ["a", "b"]\n')
 
 
-WRITERS = {"cityscapes": write_cityscapes, "voc": write_voc, "camvid": write_camvid, "folder": write_folder}
+def write_ade20k(root: Path) -> None:
+    for part, count in (("training", 4), ("validation", 2)):
+        for number in range(count):
+            image, mask = pair(number, [0, 1, 13, 150])
+            save(root / "ADEChallengeData2016" / "images" / part / f"ADE_{number:08}.jpg", image)
+            save(root / "ADEChallengeData2016" / "annotations" / part / f"ADE_{number:08}.png", mask)
+
+
+def write_coco(root: Path) -> None:
+    """Every image has a dog of 48 x 40 pixels, of whose class the pixels are brighter."""
+    for split, count in (("train", 4), ("val", 2)):
+        for number in range(count):
+            picture = np.random.default_rng(number).integers(0, 100, (80, 96, 3), np.uint8)
+            picture[20:60, 24:72] += 120
+            save(root / f"{split}2017" / f"{number:012}.jpg", Image.fromarray(picture))
+        outline = [[24, 20, 72, 20, 72, 60, 24, 60]]
+        content = {
+            "images": [{"id": n, "file_name": f"{n:012}.jpg", "width": 96, "height": 80} for n in range(count)],
+            "categories": [{"id": 18, "name": "dog"}],
+            "annotations": [
+                {"id": n, "image_id": n, "category_id": 18, "iscrowd": 0, "area": 48 * 40, "segmentation": outline}
+                for n in range(count)
+            ],
+        }
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
+
+
+WRITERS = {
+    "scenes": lambda root: None,  # painted
+    "voc": write_voc,
+    "cityscapes": write_cityscapes,
+    "camvid": write_camvid,
+    "ade20k": write_ade20k,
+    "coco": write_coco,
+    "folder": write_folder,
+}
 
 
 def run_smoke(name: str, tmp_path: Path, *flags: str) -> tuple[Config, list[float]]:
     """Its config, and the loss of every step."""
     data = PRESETS[name]().data.name
-    if data in WRITERS:
+    if data == "coco":
+        pytest.importorskip("pycocotools")
+    if not (tmp_path / "data").exists():
         WRITERS[data](tmp_path / "data")
+    if data != "scenes":
         flags = (*flags, "--root", str(tmp_path / "data"))
     run = ("--preset", name, "--smoke", "--device", "cpu", "--log-every", "1", "--output", str(tmp_path / "run"))
     parsed, _ = parse_train([*run, *flags])
@@ -92,11 +138,20 @@ def run_smoke(name: str, tmp_path: Path, *flags: str) -> tuple[Config, list[floa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [n for n in PRESETS if PRESETS[n]().data.name in ("scenes", *WRITERS)])
+@pytest.mark.parametrize("name", PRESETS)
 def test_twenty_steps_of_every_preset(name, tmp_path):
     weights = ["--class-weights", "None"] if name == "scenes" else []
     _, losses = run_smoke(name, tmp_path, *weights)
     assert len(losses) == 20 and all(map(math.isfinite, losses)) and min(losses) > 0
+
+
+def test_every_preset_is_run_on_a_tree_of_its_data_set():
+    """The run above takes all of PRESETS, and could take none whose tree cannot be written."""
+    (marker,) = [m for m in test_twenty_steps_of_every_preset.pytestmark if m.name == "parametrize"]
+    assert set(marker.args[1]) == set(PRESETS)
+    assert {PRESETS[name]().data.name for name in PRESETS} == set(WRITERS) == set(get_args(DataName))
+    functions = {f for module in (presets, recipes) for _, f in inspect.getmembers(module, inspect.isfunction)}
+    assert {f for f in functions if f.__annotations__ == {"return": "Config"}} == set(PRESETS.values())
 
 
 def test_the_mobilenet_recipe(tmp_path):
@@ -120,6 +175,46 @@ def test_epochs_are_counted_in_steps():
     ):
         optim = PRESETS[name]().optim
         assert optim.steps == images * epochs // optim.batch_size
+
+
+def test_tensorflows_recipes():
+    """tensorflow/models, research/deeplab: train.py's defaults and core/feature_extractor.py; DeepLabv3+, section 4."""
+    steps = {"voc": 30_000, "coco": 500_000, "cityscapes": 90_000}
+    for data, count in steps.items():
+        config = PRESETS[f"{data}_xception65_tensorflow"]()
+        assert config.data.name == data and config.optim.steps == count and config.run.weights == "imagenet"
+        assert config.augment.crop_size == ((769,) * 2 if data == "cityscapes" else (513,) * 2)
+        assert config.optim.lr == (0.01 if data == "cityscapes" else 0.007) and config.optim.batch_size == 16
+        assert lr_factor(count // 2, config.optim) == pytest.approx(0.5**0.9) and lr_factor(count, config.optim) == 0
+        rng = np.random.default_rng(0)
+        drawn = {draw_scale(rng, config.augment) for _ in range(300)}
+        assert drawn == {0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0}
+
+        with torch.device("meta"):
+            model = build(config, VOC)
+        momenta = {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert momenta == {0.0003} and model.align_corners and model.pixels.kind == "symmetric"
+        assert {m.eps for m in model.backbone.modules() if isinstance(m, nn.BatchNorm2d)} == {1e-3}
+        decayed = {p.shape for g in parameter_groups(model, config.optim) if g["weight_decay"] for p in g["params"]}
+        assert decayed and not any(shape[1:] == (1, 3, 3) for shape in decayed)
+        assert {g["lr_mult"] for g in parameter_groups(model, config.optim)} == {1.0}
+
+
+@pytest.mark.slow
+def test_tensorflows_second_stage_goes_on_from_the_first(tmp_path):
+    """As the preset's docstring has it: VOC's own masks, output stride 8, frozen norms."""
+    name, best = "voc_xception65_tensorflow", tmp_path / "best.pt"
+    config = presets.smoke(PRESETS[name]())
+    state = build(config, VOC).state_dict()
+    content = {"model": state, "config": config.to_dict(), "classes": checkpoint.classes_to_dict(VOC)}
+    checkpoint.save(best, content)
+    flags = ("--train-split", "trainval", "--output-stride", "8", "--norm", "frozen_batch", "--lr", "0.001")
+    run_smoke(name, tmp_path, *flags, "--weights", str(best), "--steps", "1")
+    model, config, _ = checkpoint.load_model(tmp_path / "run" / "best.pt")
+    assert config.model.output_stride == 8 and config.optim.lr == 0.001
+    moved = {key for key, value in model.state_dict().items() if not torch.equal(value, state[key])}
+    assert "aspp.project.conv.weight" in moved and "backbone.blocks.3.conv1.pointwise.weight" in moved
+    assert not any("norm" in key for key in moved)
 
 
 def test_the_ohem_recipes_rate_starts_at_5e_6():

@@ -31,7 +31,7 @@ def one_step(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, dict[str,
     return y.detach(), {name: p.grad for name, p in model.named_parameters()}, sum(kept.values())
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnet_v1_50_beta", "mobilenet_v2"])
 @pytest.mark.parametrize("native", [True, False])
 def test_same_numbers_and_statistics_that_move_once(backbone, native, monkeypatch):
     if not native:  # what a GPU runs: torch's own batch norm moves its statistics itself

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from deeplab_fast.config import OptimConfig
+from deeplab_fast.model import build_model
 from deeplab_fast.schedule import WeightAverage, build_optimizer, lr_factor, parameter_groups
 
 
@@ -34,6 +35,13 @@ def test_exponential_warm_up_rises_by_one_factor_and_poly_has_the_rest():
     ratios = [b / a for a, b in itertools.pairwise(factors)]
     assert ratios == pytest.approx([2000 ** (1 / 1000)] * 1000)
     assert lr_factor(21_000, config) == pytest.approx(0.5**0.9)
+
+
+def test_constant_warm_up_is_tensorflows_slow_start():
+    """train_utils.py: the slow rate for so many steps, then the schedule over those that are left."""
+    config = OptimConfig(steps=1000, warmup="constant", warmup_steps=100, warmup_lr_mult=0.01)
+    assert [lr_factor(step, config) for step in (0, 50, 99)] == [0.01] * 3
+    assert lr_factor(100, config) == 1.0 and lr_factor(550, config) == pytest.approx(0.5**0.9)
 
 
 def test_step_and_cosine_and_constant():
@@ -68,6 +76,19 @@ def test_every_trained_parameter_stands_in_one_group():
 def test_decay_norm_bias_decays_everything():
     groups = parameter_groups(Tiny(), OptimConfig(weight_decay=0.1, decay_norm_bias=True))
     assert [group["weight_decay"] for group in groups] == [0.1, 0.1]
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_depthwise_convolutions_may_be_left_without_decay(everything):
+    model = build_model(num_classes=2, backbone="mobilenet_v2", width_mult=0.25)
+    decayed = {
+        decay: {id(p) for group in parameter_groups(model, config) if group["weight_decay"] for p in group["params"]}
+        for decay in (True, False)
+        for config in [OptimConfig(decay_depthwise=decay, decay_norm_bias=everything, weight_decay=0.1)]
+    }
+    depthwise = {id(p) for p in model.parameters() if p.ndim == 4 and p.shape[1:] == (1, 3, 3)}
+    assert len(depthwise) == 17 + 3 + 2, "blocks, ASPP and decoder"
+    assert decayed[True] - decayed[False] == depthwise and decayed[False] < decayed[True]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import urllib.error
 
@@ -30,8 +31,13 @@ def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -
         build_model(backbone="timm:resnet18", **SMALL)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto"])
-@pytest.mark.parametrize("stride", [16, 32])
+@pytest.mark.parametrize(
+    ("name", "stride"),
+    [
+        *itertools.product(["resnet18", "mobilenetv3_small_050", "convnext_atto"], [16, 32]),
+        *(("mobilenetv3_large_100", 8), ("darknet53", 16)),
+    ],
+)
 def test_features_are_timms_at_the_output_stride(timm, name: str, stride: int) -> None:
     torch.manual_seed(0)
     model = build_model(backbone=f"timm:{name}", output_stride=stride, dropout=0.0, **SMALL)

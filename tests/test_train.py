@@ -259,12 +259,6 @@ def test_resume_keeps_the_precision_it_began_with(finished):
     assert parsed.config.run.precision == {"float32": "fp32", "bfloat16": "bf16"}[content["training"]["precision"]]
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="training in several processes is not supported"):
-        run("--steps", "1", output=tmp_path / "run")
-
-
 def test_a_batch_that_is_all_ignored_changes_nothing_but_decay(tmp_path):
     root = make_folder_data(tmp_path / "data", value=255)
     labelled = np.zeros((40, 40), np.uint8)  # validation has something to score

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from deeplab_fast.config import Config, ModelConfig, RunConfig
 from deeplab_fast.errors import UserError
 from deeplab_fast.model import DeepLab, build_model, load_backbone_weights, load_matching
 from deeplab_fast.model.weights import IMAGENET
+from deeplab_fast.state import load_initial_weights
 
 SMALL = {"num_classes": 5, "aspp_channels": 32, "decoder_channels": 32}
 
@@ -173,6 +175,15 @@ def test_a_file_put_there_by_hand_is_used(hub: Path, backbone: dict) -> None:
     assert same(model.backbone.state_dict(), backbone)
 
 
+def test_imagenet_is_the_backbones_own_file(hub: Path, backbone: dict) -> None:
+    hub.mkdir(parents=True)
+    torch.save(backbone, hub / "resnet18-f37072fd.pth")
+    fields = ModelConfig(backbone="resnet18", aspp_channels=32, decoder_channels=32)
+    model = build()
+    load_initial_weights(model, Config(model=fields, run=RunConfig(weights="imagenet")))
+    assert same(model.backbone.state_dict(), backbone)
+
+
 def test_download(hub: Path, backbone: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
@@ -191,6 +202,28 @@ def test_download(hub: Path, backbone: dict, monkeypatch: pytest.MonkeyPatch) ->
         ("https://example.org/files/mine-20240101.pth?raw=1", None),
     ]
     assert (hub / "mine-20240101.pth").is_file()
+
+
+def test_zym1119_takes_from_torchvision_what_the_two_share(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    source = build_model(num_classes=2, backbone="mobilenet_v2_1280").backbone.state_dict()
+    torch.save({**source, "classifier.1.weight": torch.ones(1000, 1280)}, tmp_path / "mobilenet_v2.pth")
+    kwargs = {"num_classes": 2, "backbone": "mobilenet_v2_zym1119"}
+    model = build_model("deeplabv3", **kwargs)
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}
+    load_backbone_weights(model, str(tmp_path / "mobilenet_v2.pth"))
+    taken = {k for k, v in model.backbone.state_dict().items() if k in source and torch.equal(v, source[k])}
+    blocks = {int(k.split(".")[1]) for k in taken if k.endswith("conv.2.weight")}
+    assert blocks == set(range(2, 17)) and "features.0.0.weight" in taken
+    for key, value in model.backbone.state_dict().items():
+        if int(key.split(".")[1]) in (1, *range(17, 21)) or ".shortcut." in key:
+            assert torch.equal(value, before[key]), key
+        else:
+            assert key in taken
+    with pytest.raises(UserError, match="are not for this model: they lack features.1.conv.3"):
+        partial = {k: v for k, v in before.items() if k != "features.1.conv.3.weight"}
+        torch.save(partial, tmp_path / "own.pth")
+        load_backbone_weights(model, str(tmp_path / "own.pth"))
 
 
 def test_load_matching_leaves_out_a_classifier_of_another_size() -> None:

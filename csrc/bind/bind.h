@@ -21,6 +21,7 @@ void bind_confusion_matrix(py::module_& m);
 void bind_depthwise_conv(py::module_& m);
 void bind_depthwise_conv_backward(py::module_& m);
 void bind_augment_image(py::module_& m);
+void bind_kth_largest(py::module_& m);
 void bind_normalize_image(py::module_& m);
 void bind_separable_conv(py::module_& m);
 void bind_upsample_argmax(py::module_& m);

@@ -9,7 +9,7 @@ namespace {
 // shape: N, C, H, W of x; out_shape: M and the height and width of y
 void separable_conv_cpu(int type, uintptr_t x, uintptr_t depthwise, uintptr_t pointwise,
                         uintptr_t depthwise_scale, uintptr_t depthwise_shift, int depthwise_activation,
-                        uintptr_t scale, uintptr_t shift, int activation, uintptr_t y,
+                        uintptr_t scale, uintptr_t shift, int activation, uintptr_t y, int64_t y_pixel,
                         std::tuple<int64_t, int64_t, int64_t, int64_t> shape,
                         std::tuple<int64_t, int64_t, int64_t> out_shape, int64_t stride, int64_t dilation,
                         int threads) {
@@ -25,6 +25,7 @@ void separable_conv_cpu(int type, uintptr_t x, uintptr_t depthwise, uintptr_t po
     args.shift = pointer<const float>(shift);
     args.activation = static_cast<Activation>(activation);
     args.y = pointer<void>(y);
+    args.y_pixel = y_pixel;
     std::tie(args.images, args.channels, args.height, args.width) = shape;
     std::tie(args.out_channels, args.out_height, args.out_width) = out_shape;
     args.stride = stride;

@@ -226,7 +226,8 @@ void multiply(const Plan<T>& plan, const Block& block, const Bounds& bounds, T* 
             const Vec result = bounds.apply(fma(sum[r][v], scale, shift));
             const Vec next =
                 alone ? zero() : bounds.apply(fma(sum[r][v + 1 - alone], next_scale, next_shift));
-            store_two(y + r * columns + column, result, next, columns - column, alone ? kLanes : 2 * kLanes);
+            store_two(y + r * plan.args.y_pixel + column, result, next, columns - column,
+                      alone ? kLanes : 2 * kLanes);
         }
     }
 }
@@ -282,7 +283,7 @@ void run_step(const Plan<T>& plan, const Team<T>& team, const Step& step, const 
               float* next_tile) {
     const SeparableConvArgs& args = plan.args;
     const Bounds bounds(args.activation);
-    T* const y = static_cast<T*>(args.y) + step.begin * args.out_channels;
+    T* const y = static_cast<T*>(args.y) + step.begin * args.y_pixel;
     const int64_t first_panel = step.group * plan.panels / plan.groups;
     const int64_t panels = (step.group + 1) * plan.panels / plan.groups - first_panel;
     const int64_t depth = plan.lanes_of_round(step.round);
@@ -314,7 +315,7 @@ void run_step(const Plan<T>& plan, const Team<T>& team, const Step& step, const 
                                  step.round + 1 == plan.rounds,
                                  vector,
                                  step.pixels - p};
-            multiply(plan, block, width, bounds, y + p * args.out_channels, &fetch);
+            multiply(plan, block, width, bounds, y + p * args.y_pixel, &fetch);
         }
         depthwise(plan, taps, end - begin, next.round, next_tile + begin * plan.row);
     }

@@ -16,7 +16,8 @@ struct SeparableConvArgs {
     const float* scale;  // (M), or null: 1
     const float* shift;  // (M), or null: 0
     Activation activation;
-    void* y;  // (N, out_height, out_width, M)
+    void* y;          // (N, out_height, out_width, M)
+    int64_t y_pixel;  // elements from a pixel of y to the next
     int64_t images, channels, height, width;
     int64_t out_channels, out_height, out_width;
     int64_t stride, dilation;  // the zero padding is the dilation

@@ -271,14 +271,14 @@ template <class P, class T>
 void launch(const ConfusionArgs& args, ByteMap<P> prediction, ByteMap<T> target, int device,
             cudaStream_t stream) {
     const Shape launched = shape(args, kStaged<P, T>, device);
-    allow_shared(count_vectors<P, T>, launched.shared, device);
+    allow_shared<count_vectors<P, T>>(launched.shared, device);
     count_vectors<P, T><<<launched.blocks, kThreads, launched.shared, stream>>>(
         args, prediction, target, ByteMap<T>::has_ignore(args), launched.copies);
 }
 
 void launch_any(const ConfusionArgs& args, int device, cudaStream_t stream) {
     const Shape launched = shape(args, 0, device);
-    allow_shared(count_any, launched.shared, device);
+    allow_shared<count_any>(launched.shared, device);
     count_any<<<launched.blocks, kThreads, launched.shared, stream>>>(args, launched.copies);
 }
 

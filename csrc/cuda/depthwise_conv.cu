@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads) convolve_each(const Depthwi
 
 int64_t depthwise_places(const DepthwiseCudaArgs& args, int device) {
     return int64_t{args.type == DType::f32 ? kPlaces<float> : kPlaces<Bf16>} *
-           attribute(cudaDevAttrMultiProcessorCount, device);
+           attribute<cudaDevAttrMultiProcessorCount>(device);
 }
 
 template <class T, int kRatio>
@@ -65,6 +65,9 @@ void launch_tiles(const DepthwisePlan& plan, cudaStream_t stream) {
         steps = most > steps ? most : steps;
     }
     const int shared = ring + affine + steps * static_cast<int>(sizeof(DepthwiseStep));
+    constexpr int kMost = kStages<kRatio> * (kRatio * kDepthwiseThreads + (3 - kRatio) * kMostVectors + 1) +
+                          Lanes<T>::kCount / 2 * kMostVectors + kRatio * (kMostRows - 1) + 3;
+    static_assert(kMost * sizeof(uint4) <= kSharedUnasked && sizeof(DepthwiseStep) == sizeof(uint4));
     if (plan.args.mean != nullptr)
         convolve_tiles<T, kRatio, true><<<plan.blocks, kDepthwiseThreads, shared, stream>>>(plan);
     else

@@ -9,13 +9,8 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "../host_device.h"
 #include "../types.h"
-
-#ifdef __CUDACC__
-#define DEPTHWISE_HOST_DEVICE __host__ __device__
-#else
-#define DEPTHWISE_HOST_DEVICE
-#endif
 
 constexpr int kMostRates = 3;  // results of one launch
 
@@ -56,9 +51,9 @@ struct DepthwiseAxis {
     // 1 coordinates are the results', else (step 1) they are those of x's pixels that have a tap at all.
     int elements, pitch, step, ratio;
 
-    DEPTHWISE_HOST_DEVICE int longest() const { return (elements + step - 1) / step; }
+    HOST_DEVICE int longest() const { return (elements + step - 1) / step; }
 
-    DEPTHWISE_HOST_DEVICE int coordinate(int slot) const {
+    HOST_DEVICE int coordinate(int slot) const {
         if (step == 1) return slot;
         const int shorter = elements / step;  // of the later chains; the first have one more
         const int longer = elements % step;
@@ -66,8 +61,8 @@ struct DepthwiseAxis {
         const int rest = slot - longer * (shorter + 1);
         return longer + rest / shorter + rest % shorter * step;
     }
-    DEPTHWISE_HOST_DEVICE bool has_before(int coordinate) const { return coordinate >= step; }
-    DEPTHWISE_HOST_DEVICE bool has_after(int coordinate) const { return coordinate + step < elements; }
+    HOST_DEVICE bool has_before(int coordinate) const { return coordinate >= step; }
+    HOST_DEVICE bool has_after(int coordinate) const { return coordinate + step < elements; }
 };
 
 [[maybe_unused]] int greatest_common_divisor(int a, int b) {
@@ -98,7 +93,7 @@ struct DepthwiseAxis {
 struct DepthwiseSpan {
     int first, last;
 
-    DEPTHWISE_HOST_DEVICE DepthwiseSpan(const DepthwiseAxis& axis, int begin, int end) {
+    HOST_DEVICE DepthwiseSpan(const DepthwiseAxis& axis, int begin, int end) {
         if (axis.ratio == 1) {
             first = begin - (axis.has_before(axis.coordinate(begin)) ? 1 : 0);
             last = end - 1 + (axis.has_after(axis.coordinate(end - 1)) ? 1 : 0);
@@ -121,8 +116,8 @@ struct alignas(16) DepthwiseStep {
     uint32_t above, at;  // rows of the results of the lower and of the middle tap
     uint32_t ahead;      // coordinate of the row that is copied meanwhile, or kNone
 
-    DEPTHWISE_HOST_DEVICE DepthwiseStep(const DepthwiseAxis& axis, int slot, int begin, int end,
-                                        int ahead_slot, int last_slot) {
+    HOST_DEVICE DepthwiseStep(const DepthwiseAxis& axis, int slot, int begin, int end, int ahead_slot,
+                              int last_slot) {
         const int coordinate = axis.coordinate(slot);
         const bool after = axis.has_after(coordinate);
         bool lower, middle, upper;

@@ -51,8 +51,8 @@ __device__ void clear_histograms(int32_t* histograms, int bins, int copies) {
 }
 
 // By all of the block's threads, once they have met after the last count.
-__device__ void add_histograms(const int32_t* histograms, int bins, int copies, int64_t* counts,
-                               int64_t* out_of_range) {
+[[maybe_unused]] __device__ void add_histograms(const int32_t* histograms, int bins, int copies,
+                                                int64_t* counts, int64_t* out_of_range) {
     for (int bin = threadIdx.x; bin < bins && copies > 0; bin += blockDim.x) {
         int64_t sum = 0;
         for (int copy = 0; copy < copies; ++copy) sum += histograms[copy * bins + bin];

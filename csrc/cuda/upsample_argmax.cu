@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kTapsOfGroup == 3 ? 1 : 2)
 template <int kTapsOfGroup>
 void launch(const LabelPlan& plan, uint8_t* labels, int device, cudaStream_t stream) {
     const int shared = plan.shared + staged_pitch(plan) * kSide * plan.groups_y;
-    allow_shared(write_labels<kTapsOfGroup>, shared, device);
+    allow_shared<write_labels<kTapsOfGroup>>(shared, device);
     write_labels<kTapsOfGroup><<<plan.tiles, kThreads, shared, stream>>>(plan, labels);
 }
 

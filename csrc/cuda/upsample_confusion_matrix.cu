@@ -122,11 +122,8 @@ void launch(const LabelPlan& plan, const Counting& counting, int device, cudaStr
     const int64_t classes = plan.logits.classes;
     const int histograms = static_cast<int>(counting.copies * (classes * classes + 1) * sizeof(int32_t));
     const int shared = plan.shared + histograms;
-    allow_shared(count_labels<kTapsOfGroup>, shared, device);
-    int fitting = 0;
-    check_cuda(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, count_labels<kTapsOfGroup>, kThreads, shared),
-        "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    allow_shared<count_labels<kTapsOfGroup>>(shared, device);
+    const int fitting = fitting_blocks<count_labels<kTapsOfGroup>>(kThreads, shared, device);
     const unsigned blocks = resident_blocks(plan.tiles, fitting, device);
     count_labels<kTapsOfGroup><<<blocks, kThreads, shared, stream>>>(plan, counting);
 }

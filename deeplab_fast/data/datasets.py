@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ..config import DataConfig
+from ..distributed import ALONE, Processes
 from ..errors import UserError
 from .ade20k import Ade20k
 from .base import Dataset, FileDataset
@@ -64,8 +65,9 @@ def require_truth(dataset: Dataset) -> None:
         raise UserError(f"the split {split} of the data set {name} has no masks to train on or score against")
 
 
-def check_dataset(dataset: Dataset, workers: int | None = None) -> None:
-    """Reads every pair and raises one UserError that lists all that is wrong, a line each.
+def check_dataset(dataset: Dataset, workers: int | None = None, processes: Processes = ALONE) -> None:
+    """Reads every pair and raises one UserError that lists all that is wrong, a line each. Of several processes each
+    reads its share, and the main one raises.
 
     Missing and broken files, sizes that differ, mask values that are no label, and masks without one labelled
     pixel in the whole split. A PNG image is checked by its checksums and a JPEG is decoded at an eighth of its
@@ -74,17 +76,20 @@ def check_dataset(dataset: Dataset, workers: int | None = None) -> None:
     count = len(dataset)
     if not count:
         raise UserError(f"the split {dataset.split} of the data set {dataset.name} is empty")
+    own = processes.every(count)
     pool = ThreadPoolExecutor(max(1, loader_workers(workers)))
     try:
-        results = pool.map(dataset.inspect, range(count))
+        results = pool.map(dataset.inspect, own)
         title = f"checking {dataset.name} {dataset.split}"
-        findings = list(tqdm(results, total=count, desc=title, delay=2, leave=False))
+        quiet = not processes.is_main
+        findings = list(tqdm(results, total=len(own), desc=title, delay=2, leave=False, disable=quiet))
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not read the rest first
-    problems = [problem for finding in findings for problem in finding.problems]
-    if all(finding.blank for finding in findings):
+    found = [(i, problem) for i, finding in zip(own, findings, strict=True) for problem in finding.problems]
+    problems = [problem for _, problem in sorted(processes.gather(found), key=lambda pair: pair[0])]
+    if not processes.any(not all(finding.blank for finding in findings)):
         problems.append("every pixel of every mask is ignored; expected some that show a class")
-    if not problems:
+    if not problems or not processes.is_main:
         return
     lines = [f"  {problem}" for problem in problems[:LISTED_PROBLEMS]]
     if len(problems) > LISTED_PROBLEMS:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from ..config import AugmentConfig, Config
+from ..distributed import ALONE, Processes, local_size
 from ..errors import UserError
 from .augment import crop_sample, draw_colour
 from .base import Dataset
@@ -42,40 +43,49 @@ class Batch:
 
 
 def loader_workers(requested: int | None) -> int:
-    """Number of processes: as requested, else one a core, 8 at most, and none where there is one core."""
+    """Number of processes: as requested, else one a core, 8 at most, and none where there is one core.
+
+    Where several processes train on a machine, they share its cores.
+    """
     if requested is not None:
         return requested
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= local_size()
     return min(8, cores) if cores > 1 else 0
 
 
-def train_batches(dataset: Dataset, config: Config, start_step: int, device: torch.device) -> Iterator[Batch]:
+def train_batches(
+    dataset: Dataset, config: Config, start_step: int, device: torch.device, processes: Processes = ALONE
+) -> Iterator[Batch]:
     """The batches of the optimiser steps `start_step` ... `config.optim.steps` - 1, `accumulate` a step.
 
     The samples are those of epoch 0 in a shuffled order, then of epoch 1 and so on, cut into batches with no
-    regard to the epochs' ends: every batch is full, and a data set may be smaller than one. Batches are
-    pinned where `device` is a GPU. Raises UserError where a file cannot be used.
+    regard to the epochs' ends: every batch is full, and a data set may be smaller than one. Of several processes
+    each has its rows of every batch. Batches are pinned where `device` is a GPU. Raises UserError where a file cannot
+    be used.
     """
     optim, seed = config.optim, config.run.seed
     if not len(dataset):
         raise UserError(f"the split {dataset.split} of the data set {dataset.name} is empty")
     batches = range(start_step * optim.accumulate, optim.steps * optim.accumulate)
-    keys = _KeyBatches(len(dataset), seed, optim.batch_size, batches)
+    keys = _KeyBatches(len(dataset), seed, optim.batch_size, batches, processes.batch_share(optim.batch_size))
     samples = _TrainSamples(dataset, config.augment, seed)
     return _results(samples, keys, config.data.workers, pin=device.type == "cuda")
 
 
-def eval_samples(dataset: Dataset, workers: int | None = None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+def eval_samples(
+    dataset: Dataset, workers: int | None = None, indices: Sequence[int] | None = None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
     """Each sample in order: its index, image uint8 (H, W, 3), and mask uint8 (H, W) or None where the split
-    has none."""
-    return _results(_EvalSamples(dataset), range(len(dataset)), workers, pin=False)
+    has none. indices: of the samples; None: all."""
+    return _results(_EvalSamples(dataset), range(len(dataset)) if indices is None else indices, workers, pin=False)
 
 
 class _KeyBatches(Sampler[list[Key]]):
-    """The keys of the batches numbered `batches`, each (epoch, index)."""
+    """The keys of the rows `rows` of the batches numbered `batches`, each (epoch, index)."""
 
-    def __init__(self, count: int, seed: int, batch_size: int, batches: range) -> None:
-        self.count, self.seed, self.batch_size, self.batches = count, seed, batch_size, batches
+    def __init__(self, count: int, seed: int, batch_size: int, batches: range, rows: range) -> None:
+        self.count, self.seed, self.batch_size, self.batches, self.rows = count, seed, batch_size, batches, rows
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -84,7 +94,8 @@ class _KeyBatches(Sampler[list[Key]]):
         epoch, order = -1, np.empty(0, np.int64)
         for batch in self.batches:
             keys = []
-            for position in range(batch * self.batch_size, (batch + 1) * self.batch_size):
+            for row in self.rows:
+                position = batch * self.batch_size + row
                 if position // self.count != epoch:
                     epoch = position // self.count
                     # No sample has the index `count`, so this key is the permutation's own.

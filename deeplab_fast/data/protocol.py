@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from .base import Dataset
+from .labels import IGNORE
 
 CROP = 513
 
@@ -39,3 +40,39 @@ class CentreCrop(Dataset):
         left, top = round((width - self.size) / 2), round((height - self.size) / 2)
         resized = picture.resize((width, height), resampling)
         return np.array(resized.crop((left, top, left + self.size, top + self.size)))
+
+
+class Padded(Dataset):
+    """Image and mask of `dataset`, below and to the right of them `colour` and IGNORE: sides of 16 k + 1, 513 at least.
+
+    The protocol behind the figures of tensorflow/models (research/deeplab; VOC 513 x 513, Cityscapes 2049 x 1025) and
+    chenxi116/DeepLabv3.pytorch. Where corners are aligned, it matters: of such a side every stride up to 16 samples the
+    last pixel, while of 1024 pixels stride 16 samples 0, 16 ... 1008, which upsampling stretches to 0 ... 1023.
+    """
+
+    def __init__(self, dataset: Dataset, colour: tuple[int, int, int], least: int = CROP) -> None:
+        self.dataset, self.colour, self.least = dataset, colour, least
+        self.name, self.split, self.classes = dataset.name, dataset.split, dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def stem(self, index: int) -> str:
+        return self.dataset.stem(index)
+
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        image, mask = self.dataset.load(index)
+        size = tuple(max(self.least, -(-(length - 1) // 16) * 16 + 1) for length in image.shape[:2])
+        return _placed(image, size, self.colour), None if mask is None else _placed(mask, size, IGNORE)
+
+    def cut(self, index: int, prediction: np.ndarray) -> np.ndarray:
+        """What of a prediction lies in the image."""
+        height, width = self.dataset.load(index)[0].shape[:2]
+        return prediction[:height, :width]
+
+
+def _placed(array: np.ndarray, size: tuple[int, int], value: int | tuple[int, int, int]) -> np.ndarray:
+    canvas = np.empty((*size, *array.shape[2:]), array.dtype)
+    canvas[:] = value
+    canvas[: array.shape[0], : array.shape[1]] = array
+    return canvas

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2007 and 2012 in the layout of the VOCdevkit.
+"""PASCAL VOC 2007 to 2012 in the layout of the VOCdevkit.
 
 VOC2012/JPEGImages/*.jpg
 VOC2012/SegmentationClass/*.png          palette PNGs: the index is the class, 255 the void label
@@ -12,9 +12,11 @@ line is
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from ..config import Year
 from ..errors import UserError
 from .base import FileDataset, Pair
 from .images import read_index_mask
@@ -67,7 +69,7 @@ class Voc(FileDataset):
 def _year_folder(root: Path, year: str) -> Path:
     name = f"VOC{year}"
     tried = [root / name, root / "VOCdevkit" / name]
-    if root.resolve().name not in {"VOC2007", "VOC2012"} - {name}:  # the folder of the other year is not meant
+    if root.resolve().name not in {f"VOC{y}" for y in get_args(Year)} - {name}:  # another year's is not meant
         tried.append(root)
     for folder in tried:
         if _lists(folder).is_dir():

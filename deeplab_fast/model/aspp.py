@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .layers import ConvNormAct, conv3x3
+from .layers import ConvNormAct, conv3x3, separable_concat
 
 
 class ASPP(nn.Module):
@@ -41,11 +41,20 @@ class ASPP(nn.Module):
         self.refine = conv3x3(norm, channels, channels, **kind) if refine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        features = [branch(x) for branch in self.branches]
-        if self.pool is not None:
-            # Bilinear upsampling of a 1x1 map is a copy, whatever its corners. It takes the layout of the
-            # branches beside it: torch.cat turns a mixture of layouts into NCHW.
-            pooled = self.pool(x.mean((2, 3), keepdim=True))
-            features.append(torch.empty_like(features[0]).copy_(pooled))
-        x = self.dropout(self.project(torch.cat(features, dim=1)))
+        x = self.dropout(self.project(self._concat(x)))
         return x if self.refine is None else self.refine(x)
+
+    def _concat(self, x: Tensor) -> Tensor:
+        """All branches side by side: (N, parts * channels, h, w)."""
+        first, *others = self.branches
+        one = first(x)
+        # Bilinear upsampling of a 1x1 map is a copy, whatever its corners.
+        pooled = None if self.pool is None else self.pool(x.mean((2, 3), keepdim=True))
+        y = separable_concat(x, one, others, pooled)
+        if y is not None:
+            return y
+        features = [one, *(branch(x) for branch in others)]
+        if pooled is not None:
+            # In the layout of the branches beside it: torch.cat turns a mixture of layouts into NCHW.
+            features.append(torch.empty_like(one).copy_(pooled))
+        return torch.cat(features, dim=1)

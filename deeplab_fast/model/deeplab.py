@@ -12,13 +12,14 @@ from .auxiliary import AuxiliaryHead
 from .decoder import Decoder
 from .layers import resize
 from .mobilenet import MOBILENETS, MobileNetV2, MobileNetV2Zym1119
-from .norm import NORMS
+from .norm import NORMS, SyncBatchNorm2d
 from .pixels import PIXELS, Pixels
 from .resnet import RESNETS, ResNet
+from .resnet_beta import RESNETS_BETA, ResNetBeta
 from .timm_encoder import PREFIX, TimmEncoder
 from .xception import XCEPTIONS, Xception
 
-BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS)
+BACKBONES = (*RESNETS, *MOBILENETS, *XCEPTIONS, *RESNETS_BETA)
 
 
 class DeepLab(nn.Module):
@@ -74,7 +75,8 @@ class DeepLab(nn.Module):
         stride = self.output_stride
         values = n if self.aspp.pool is not None else n * -(-h // stride) * -(-w // stride)
         norm = self.aspp.project.norm
-        if values == 1 and type(norm) is nn.BatchNorm2d and norm.training:
+        alone = type(norm) is nn.BatchNorm2d or (type(norm) is SyncBatchNorm2d and norm.processes() is None)
+        if values == 1 and alone and norm.training:
             raise UserError(
                 f"batch normalisation cannot be trained on one value per channel, all that an input of "
                 f"{tuple(x.shape)} leaves in ASPP: expected a batch of 2, or norm group or frozen_batch"
@@ -87,6 +89,7 @@ def build_model(
     num_classes: int,
     backbone: str = "mobilenet_v2",
     width_mult: float = 1.0,
+    width_divisor: int = 8,
     beta_stem: bool = False,
     output_stride: int = 16,
     multi_grid: tuple[int, int, int] = (1, 1, 1),
@@ -115,15 +118,17 @@ def build_model(
 
     name: "deeplabv3" (Chen et al. 2017) or "deeplabv3plus" (Chen et al. 2018), the one with a decoder.
     backbone: resnet18, resnet34, resnet50, resnet101, resnet152, mobilenet_v2, xception41, xception65 or xception71;
-        and the MobileNetV2s of other projects: mobilenet_v2_1280, mobilenet_v2_vainf and mobilenet_v2_zym1119; or
-        timm:NAME, an encoder of timm (see `TimmEncoder`).
+        and those of other projects: mobilenet_v2_1280, mobilenet_v2_tf, mobilenet_v2_vainf, mobilenet_v2_zym1119,
+        resnet_v1_50_beta and resnet_v1_101_beta (see `ResNetBeta`); or timm:NAME, an encoder of timm (`TimmEncoder`).
     output_stride: input size over the size of the last features; strides beyond it become dilation.
     multi_grid: factors of the dilation in a ResNet's last three blocks: (1, 2, 4) gives 2, 4, 8 at 16; in an Xception's
         last three convolutions.
     first_block_dilation: whether a block that lost its stride has the dilation of its stage (2, 2, 2 at 16)
         or of the one before (1, 2, 2; torchvision's: the undilated network's features, on a finer grid). An Xception
-        is always the latter: its blocks have their stride in the last convolution.
-    atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32.
+        and a resnet_v1_*_beta are always the latter: their stride is at the end of a stage.
+    width_divisor: of every width of a MobileNetV2; TensorFlow's DeepLab has 4 where width_mult is not 1.
+    atrous_rates: None for 6, 12, 18 at output stride 16, doubled at 8, halved at 32; () leaves the 1x1 branch and the
+        image pooling, TensorFlow's head for MobileNetV2.
     separable_order, aspp_refine, refinements: see `SeparableConv`, `ASPP` and `Decoder`.
     decoder_dropout: one probability for each refinement, or none.
     norm: see `make_norm`; "group" comes with weight standardisation.
@@ -150,6 +155,7 @@ def build_model(
     )
     _check_at_least_one(
         num_classes=num_classes,
+        width_divisor=width_divisor,
         aspp_channels=aspp_channels,
         low_level_channels=low_level_channels,
         decoder_channels=decoder_channels,
@@ -171,7 +177,9 @@ def build_model(
             raise UserError(f"norm_momentum is {momentum}: expected a share in (0, 1]")
 
     features = _build_backbone(
-        backbone, width_mult, beta_stem, norm, output_stride, tuple(multi_grid), first_block_dilation, activation
+        backbone,
+        *(width_mult, width_divisor, beta_stem, norm, output_stride, tuple(multi_grid)),
+        *(first_block_dilation, activation),
     )
     conv = {"separable": separable, "order": separable_order}
     aspp = ASPP(
@@ -237,17 +245,20 @@ def _check_at_least_one(**given: int) -> None:
 def _build_backbone(
     name: str,
     width_mult: float,
+    width_divisor: int,
     beta_stem: bool,
     norm: str,
     output_stride: int,
     multi_grid: tuple[int, ...],
     first_block_dilation: str,
     activation: str,
-) -> ResNet | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
+) -> ResNet | ResNetBeta | MobileNetV2 | MobileNetV2Zym1119 | Xception | TimmEncoder:
     if len(multi_grid) != 3 or min(multi_grid) < 1:
         raise UserError(f"multi_grid is {multi_grid}: expected three factors of 1 or more")
     if width_mult != 1.0 and not name.startswith("mobilenet_v2"):
         raise UserError(f"width_mult is {width_mult}: {name} has no width multiplier, expected 1.0")
+    if width_divisor != 8 and not name.startswith("mobilenet_v2"):
+        raise UserError(f"width_divisor is {width_divisor}: {name} has no width multiplier, expected 8")
     if beta_stem and name not in RESNETS:
         raise UserError(f"beta_stem is set: {name} has 3x3 convolutions for a stem already, expected a ResNet backbone")
     if activation != "relu" and name not in RESNETS:
@@ -261,6 +272,8 @@ def _build_backbone(
     shared = {"norm": norm, "output_stride": output_stride}
     if name in XCEPTIONS:
         return Xception(name, multi_grid=multi_grid, **shared)
+    if name in RESNETS_BETA:
+        return ResNetBeta(name, multi_grid=multi_grid, **shared)
     shared["first_block_dilation"] = first_block_dilation
     if name in RESNETS:
         blocks = RESNETS[name][1][-1]
@@ -271,13 +284,14 @@ def _build_backbone(
         return ResNet(name, multi_grid=multi_grid, beta=beta_stem, activation=activation, **shared)
     if not 0 < width_mult < float("inf"):
         raise UserError(f"width_mult is {width_mult}: expected a number above 0")
+    width = {"width_mult": width_mult, "width_divisor": width_divisor}
     if name == "mobilenet_v2_zym1119":
         if output_stride != 16:
             raise UserError(f"output_stride is {output_stride}: {name} has one stride, expected 16")
-        return MobileNetV2Zym1119(width_mult=width_mult, norm=norm, multi_grid=multi_grid)
+        return MobileNetV2Zym1119(**width, norm=norm, multi_grid=multi_grid)
     if multi_grid != (1, 1, 1):
         raise UserError(f"multi_grid is {multi_grid}: {name} has none, expected (1, 1, 1)")
-    return MobileNetV2(width_mult=width_mult, **MOBILENETS[name], **shared)
+    return MobileNetV2(**width, **MOBILENETS[name], **shared)
 
 
 def _initialise(model: DeepLab) -> None:

@@ -6,7 +6,7 @@ type, or that has a hook, is called as it is, so that conversions, parametrisati
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .. import ops
-from .norm import FrozenBatchNorm2d, make_conv, make_norm
+from ..ops.precision import autocast_dtype
+from .norm import FrozenBatchNorm2d, SyncBatchNorm2d, make_conv, make_norm, move_statistics
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -74,15 +75,16 @@ def _normalise(
     x: Tensor, mean: Tensor, var: Tensor, norm: nn.BatchNorm2d, activation: str, residual: Tensor | None
 ) -> Tensor:
     """Batch norm in training with the statistics of x, which also move the running ones, as nn.BatchNorm2d does."""
+    if type(norm) is SyncBatchNorm2d and (group := norm.processes()):
+        return norm.normalise(x, mean, var, group, activation, residual)
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
-        if count:  # an empty batch has no statistics
-            share = 1 / norm.num_batches_tracked if norm.momentum is None else norm.momentum
-            norm.running_mean.lerp_(mean, share)
-            norm.running_var.lerp_(var * (count / (count - 1)), share)
+        if count:
+            move_statistics(norm, mean, var * (count / (count - 1)))
+        else:  # an empty batch has no statistics
+            norm.num_batches_tracked.add_(1)
     return ops.batch_norm_act(x, mean, var, norm.weight, norm.bias, residual, eps=norm.eps, activation=activation)
 
 
@@ -128,7 +130,7 @@ def _is_plain_pointwise(conv: nn.Module) -> bool:
 
 def _is_plain_batch_norm(norm: nn.Module) -> bool:
     return (
-        is_plain(norm, nn.BatchNorm2d, FrozenBatchNorm2d)
+        is_plain(norm, nn.BatchNorm2d, SyncBatchNorm2d, FrozenBatchNorm2d)
         and norm.affine
         and norm.track_running_stats
         and norm.running_mean is not None
@@ -204,16 +206,15 @@ class SeparableConv(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual, of the result's shape, is added before the last activation."""
         if residual is None and self._folds(x):
-            first, second = self.depthwise_norm, self.norm
-            scale, shift = (None, None) if first is None else _affine(first)
-            last_scale, last_shift = _affine(second)
+            scale, shift = (None, None) if self.depthwise_norm is None else _affine(self.depthwise_norm)
+            last_scale, last_shift = _affine(self.norm)
             return ops.separable_conv(
                 x,
                 self.depthwise.weight,
                 self.pointwise.weight,
                 depthwise_scale=scale,
                 depthwise_shift=shift,
-                depthwise_activation="none" if first is None else self.depthwise_activation,
+                depthwise_activation=self._inner(),
                 scale=last_scale,
                 shift=last_shift,
                 activation=self.activation,
@@ -225,6 +226,10 @@ class SeparableConv(nn.Module):
         else:
             x = convolve(x, self.depthwise)
         return conv_norm_act(x, self.pointwise, self.norm, self.activation, residual)
+
+    def _inner(self) -> str:
+        """The activation between the two convolutions."""
+        return "none" if self.depthwise_norm is None else self.depthwise_activation
 
     def _folds(self, x: Tensor) -> bool:
         """Whether the whole layer is one op: nothing asks for a gradient, and the norms are running ones."""
@@ -239,6 +244,32 @@ class SeparableConv(nn.Module):
             and _is_plain_pointwise(self.pointwise)
             and all(_is_plain_batch_norm(norm) and not norm.training for norm in norms)
         )
+
+
+def separable_concat(x: Tensor, first: Tensor, branches: Sequence[nn.Module], last: Tensor | None) -> Tensor | None:
+    """torch.cat((first, each branch's result for x, last), dim=1) where that is one op, else None.
+
+    x: (N, C, H, W); first: (N, M, H, W); last: (N, M', 1, 1), the same at every pixel, or None.
+    """
+    dtype = autocast_dtype(x.device, x.dtype)
+    if not branches or not all(part is None or part.dtype == dtype for part in (first, last)):
+        return None
+    if not all(is_plain(branch, SeparableConv) and branch._folds(x) for branch in branches):
+        return None
+    kinds = {(b.depthwise.stride, b.depthwise_norm is None, b._inner(), b.activation) for b in branches}
+    if len(kinds) > 1 or branches[0].depthwise.stride != (1, 1):
+        return None
+    inner = [_affine(b.depthwise_norm) for b in branches if b.depthwise_norm is not None]
+    outer = [_affine(b.norm) for b in branches]
+    return ops.separable_conv_concat(
+        *(x, first, last, [b.depthwise.weight for b in branches], [b.pointwise.weight for b in branches]),
+        *([scale for scale, _ in outer], [shift for _, shift in outer]),
+        dilations=[b.depthwise.dilation[0] for b in branches],
+        depthwise_scales=[scale for scale, _ in inner],
+        depthwise_shifts=[shift for _, shift in inner],
+        depthwise_activation=branches[0]._inner(),
+        activation=branches[0].activation,
+    )
 
 
 def conv3x3(

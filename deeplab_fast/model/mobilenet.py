@@ -6,6 +6,8 @@ of it: ASPP reads the 320 channels of features.17, as in TensorFlow's DeepLab.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,19 +27,20 @@ STAGES = (
 )
 
 # Options of MobileNetV2 for the variants that other projects trained.
-MOBILENETS: dict[str, dict[str, bool]] = {
+MOBILENETS: dict[str, dict[str, float]] = {
     "mobilenet_v2": {},
     "mobilenet_v2_1280": {"last": True},  # torchvision and segmentation_models_pytorch
+    "mobilenet_v2_tf": {"eps": 1e-3},  # tensorflow/models, in its DeepLab too
     "mobilenet_v2_vainf": {"pad_first": True},  # VainF/DeepLabV3Plus-Pytorch
     "mobilenet_v2_zym1119": {},  # a class of its own
 }
 
 
-def scaled(channels: int, width_mult: float) -> int:
-    """channels * width_mult as the nearest multiple of 8, never under 8 nor more than a tenth too small."""
+def scaled(channels: int, width_mult: float, divisor: int = 8) -> int:
+    """channels * width_mult as the nearest multiple of `divisor`, never under it nor more than a tenth too small."""
     wanted = channels * width_mult
-    rounded = max(8, int(wanted + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * wanted else rounded + 8
+    rounded = max(divisor, int(wanted + divisor / 2) // divisor * divisor)
+    return rounded if rounded >= 0.9 * wanted else rounded + divisor
 
 
 class ConvNormRelu6(nn.Sequential):
@@ -47,8 +50,10 @@ class ConvNormRelu6(nn.Sequential):
         return conv_norm_act(x, self[0], self[1], "relu6")
 
 
-def conv_norm_relu6(norm: str, in_channels: int, out_channels: int, kernel: int, **conv: int) -> ConvNormRelu6:
-    return ConvNormRelu6(make_conv(norm, in_channels, out_channels, kernel, **conv), make_norm(norm, out_channels))
+def conv_norm_relu6(
+    norm: str, in_channels: int, out_channels: int, kernel: int, eps: float = 1e-5, **conv: int
+) -> ConvNormRelu6:
+    return ConvNormRelu6(make_conv(norm, in_channels, out_channels, kernel, **conv), make_norm(norm, out_channels, eps))
 
 
 class InvertedResidual(nn.Module):
@@ -71,15 +76,16 @@ class InvertedResidual(nn.Module):
         residual: bool,
         pad_first: bool = False,
         project: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
         width = in_channels * expansion
-        expand = [] if expansion == 1 and not project else [conv_norm_relu6(norm, in_channels, width, 1)]
+        expand = [] if expansion == 1 and not project else [conv_norm_relu6(norm, in_channels, width, 1, eps)]
         self.conv = nn.Sequential(
             *expand,
-            conv_norm_relu6(norm, width, width, 3, stride=stride, dilation=dilation, groups=width),
+            conv_norm_relu6(norm, width, width, 3, eps, stride=stride, dilation=dilation, groups=width),
             make_conv(norm, width, out_channels, 1),
-            make_norm(norm, out_channels),
+            make_norm(norm, out_channels, eps),
         )
         self.residual = residual
         self.padding = dilation if pad_first else 0
@@ -110,8 +116,8 @@ class MobileNetV2(nn.Module):
     With `auxiliary` features.13's stands between, the last at stride 16.
 
     Strides beyond `output_stride` become dilation; for `first_block_dilation` see `build_model`. last: with
-    features.18. pad_first: see `InvertedResidual`; the first convolution then has no padding at all, as in
-    VainF/DeepLabV3Plus-Pytorch, so that the maps are a pixel smaller for some sizes.
+    features.18. eps: of the norms. pad_first: see `InvertedResidual`; the first convolution then has no padding at all,
+    as in VainF/DeepLabV3Plus-Pytorch, so that the maps are a pixel smaller for some sizes.
     """
 
     def __init__(
@@ -119,17 +125,19 @@ class MobileNetV2(nn.Module):
         *,
         norm: str,
         width_mult: float,
+        width_divisor: int = 8,
         output_stride: int,
         first_block_dilation: str,
         last: bool = False,
         pad_first: bool = False,
+        eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        in_channels, reached, dilation = scaled(32, width_mult), 2, 1
-        blocks: list[nn.Module] = [conv_norm_relu6(norm, 3, in_channels, 3, stride=2)]
-        self.low_level_channels = scaled(24, width_mult)
+        in_channels, reached, dilation = scaled(32, width_mult, width_divisor), 2, 1
+        blocks: list[nn.Module] = [conv_norm_relu6(norm, 3, in_channels, 3, eps, stride=2)]
+        self.low_level_channels = scaled(24, width_mult, width_divisor)
         for expansion, base, depth, stage_stride in STAGES:
-            out_channels = scaled(base, width_mult)
+            out_channels = scaled(base, width_mult, width_divisor)
             stride, previous = stage_stride, dilation
             if reached * stride > output_stride:
                 dilation, stride = dilation * stride, 1
@@ -146,18 +154,19 @@ class MobileNetV2(nn.Module):
                         # By the stage's own stride: the shortcuts stay where dilation replaces it.
                         residual=(i > 0 or stage_stride == 1) and in_channels == out_channels,
                         pad_first=pad_first,
+                        eps=eps,
                     )
                 )
                 in_channels = out_channels
         if pad_first:
             blocks[0][0].padding = (0, 0)
         if last:
-            out_channels = scaled(1280, max(1.0, width_mult))
-            blocks.append(conv_norm_relu6(norm, in_channels, out_channels, 1))
+            out_channels = scaled(1280, max(1.0, width_mult), width_divisor)
+            blocks.append(conv_norm_relu6(norm, in_channels, out_channels, 1, eps))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
         self.recompute = False
-        self.auxiliary_channels = scaled(96, width_mult)
+        self.auxiliary_channels = scaled(96, width_mult, width_divisor)
         self.out_channels = in_channels
 
     def forward(self, x: Tensor, auxiliary: bool = False) -> tuple[Tensor, ...]:
@@ -179,19 +188,27 @@ class MobileNetV2Zym1119(MobileNetV2):
 
     STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 1))
 
-    def __init__(self, *, norm: str, width_mult: float, multi_grid: tuple[int, int, int]) -> None:
+    def __init__(
+        self, *, norm: str, width_mult: float, width_divisor: int = 8, multi_grid: tuple[int, int, int]
+    ) -> None:
         nn.Module.__init__(self)
-        in_channels = scaled(32, width_mult)
-        self.low_level_channels = scaled(24, width_mult)
+        in_channels = scaled(32, width_mult, width_divisor)
+        self.low_level_channels = scaled(24, width_mult, width_divisor)
         plan = [(t, c, s if i == 0 else 1, 1) for t, c, n, s in self.STAGES for i in range(n)]
         plan += [(6, 160, 1, 2 * grid) for grid in (1, *multi_grid)]
         blocks: list[nn.Module] = [conv_norm_relu6(norm, 3, in_channels, 3, stride=2)]
         for expansion, base, stride, dilation in plan:
-            out_channels = scaled(base, width_mult)
+            out_channels = scaled(base, width_mult, width_divisor)
             options = {"expansion": expansion, "stride": stride, "dilation": dilation, "residual": stride == 1}
             blocks.append(InvertedResidual(norm, in_channels, out_channels, project=True, **options))
             in_channels = out_channels
         self.features = nn.Sequential(*blocks)
         self.recompute = False
-        self.auxiliary_channels = scaled(96, width_mult)
+        self.auxiliary_channels = scaled(96, width_mult, width_divisor)
         self.out_channels = in_channels
+
+
+def shared_with_zym1119(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of torchvision's MobileNetV2 what `MobileNetV2Zym1119` has, too: the stem and features.2 to features.16."""
+    shared = {"0", *(str(i) for i in range(2, 17))}
+    return {k: v for k, v in state.items() if k.startswith("features.") and k.split(".")[1] in shared}

@@ -71,11 +71,11 @@ def apply_shortcut(downsample: nn.Module | None, x: Tensor) -> Tensor:
     return downsample(x)
 
 
-def beta_stem(norm: str, activation: str) -> nn.Sequential:
-    """Three 3x3 convolutions of 64 filters, the first of stride 2, norm and activation between; `bn1` follows.
+def beta_stem(norm: str, activation: str, last: int = 64) -> nn.Sequential:
+    """Three 3x3 convolutions of 64, 64 and `last` filters, the first of stride 2, norm and activation between.
 
-    The widths are those of chenxi116/DeepLabv3.pytorch, so the stages are those of the plain ResNet. The
-    norms between are those of TensorFlow's resnet_v1_beta, whose third convolution has 128 filters.
+    `bn1` follows. With 64 the widths are those of chenxi116/DeepLabv3.pytorch, so the stages are those of the plain
+    ResNet. The norms between are those of TensorFlow's resnet_v1_beta, whose third convolution has 128 filters.
     """
     layers: list[nn.Module] = []
     for in_channels, stride in ((3, 2), (64, 1)):
@@ -84,7 +84,7 @@ def beta_stem(norm: str, activation: str) -> nn.Sequential:
             make_norm(norm, 64),
             nn.ReLU(inplace=True) if activation == "relu" else nn.LeakyReLU(0.01, inplace=True),
         ]
-    return nn.Sequential(*layers, make_conv(norm, 64, 64, 3))
+    return nn.Sequential(*layers, make_conv(norm, 64, last, 3))
 
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {

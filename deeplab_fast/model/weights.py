@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from . import timm_encoder, xception
+from . import mobilenet, tensorflow, timm_encoder, xception
 from .deeplab import DeepLab
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
@@ -28,13 +28,14 @@ IMAGENET = {
     "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
     "resnet152": "https://download.pytorch.org/models/resnet152-394f9c45.pth",
     "mobilenet_v2": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
+    "mobilenet_v2_zym1119": "https://download.pytorch.org/models/mobilenet_v2-b0353104.pth",
     "xception41": _TIMM + "tf_xception_41-e6439c97.pth",
     "xception65": _TIMM + "tf_xception_65-c9ae96e8.pth",
     "xception71": _TIMM + "tf_xception_71-8eec7df1.pth",
 }
 
 # What an ImageNet file holds beyond the backbone of a DeepLab.
-IMAGENET_HEADS = ("fc.", "classifier.", "features.18.")
+IMAGENET_HEADS = ("fc.", "classifier.", "features.18.0.", "features.18.1.")
 
 # The keys under which training scripts keep the state_dict.
 NESTINGS = ("state_dict", "model_state", "model_state_dict", "model")
@@ -49,12 +50,13 @@ _NUMPY_SCALARS: list[Any] = [
 
 
 def load_backbone_weights(model: DeepLab, source: str) -> None:
-    """Load weights with torchvision's key names, or timm's of an Xception, into `model.backbone`.
+    """Load weights with torchvision's key names, timm's of an Xception or TensorFlow's into `model.backbone`.
 
-    source: the path of a file, a URL or a name in `IMAGENET`, whose downloads are kept in torch.hub's folder, or
-    timm:NAME, whose are timm's.
+    source: the path of a file, or of a TensorFlow checkpoint (see `tensorflow.find_bundle`), a URL or a name in
+    `IMAGENET`, whose downloads are kept in torch.hub's folder, or timm:NAME, whose are timm's.
     The file may nest its state_dict (see `NESTINGS`), have `module.` before its keys, hold a whole DeepLab
-    (then its `backbone.` keys are taken) and ImageNet's classifier. Any other difference raises UserError.
+    (then its `backbone.` keys are taken) and ImageNet's classifier. A mobilenet_v2_zym1119 takes what it shares with
+    torchvision's file. Any other difference raises UserError.
     """
     if source.startswith(timm_encoder.PREFIX):
         state = timm_encoder.pretrained_state(source, model.output_stride)
@@ -62,11 +64,22 @@ def load_backbone_weights(model: DeepLab, source: str) -> None:
         return
     path = _locate(source)
     state = read_state_dict(path)
+    if tensorflow.is_translatable(state):
+        try:
+            state, _ = tensorflow.translate(state)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        # A backbone's variable that has no place is an error below.
+        odd = [k for k in state if k.startswith(tensorflow.SCOPES) and not k.startswith(tensorflow.IMAGENET_HEADS)]
+        state |= {f"backbone.{k}": state[k] for k in odd}
     if inner := {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")}:
         state = inner
     if "blocks.0.stack.conv1.conv_dw.weight" in state:
         state = xception.from_timm(state)
     state = {k: v for k, v in state.items() if not k.startswith(IMAGENET_HEADS)}
+    torchvisions = "features.17.conv.3.weight" in state and "features.18.conv.3.weight" not in state
+    if torchvisions and isinstance(model.backbone, mobilenet.MobileNetV2Zym1119):
+        state = model.backbone.state_dict() | mobilenet.shared_with_zym1119(state)
     _explain_other_kind(model.backbone, state, path)
     _load(model.backbone, state, f"the backbone weights of {path}")
 
@@ -109,7 +122,12 @@ def read_file(path: str | Path) -> Any:
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file that torch.save wrote, on the CPU, without nesting and `module.` before the keys."""
+    """The tensors of a file that torch.save wrote, on the CPU, without nesting and `module.` before the keys.
+
+    Of a TensorFlow checkpoint its weights, in TensorFlow's axes and by its names.
+    """
+    if (variables := tensorflow.read_variables(path)) is not None:
+        return variables
     content = read_file(path)
     while isinstance(content, Mapping) and (nesting := next((k for k in NESTINGS if k in content), None)):
         content = content[nesting]
@@ -125,11 +143,19 @@ def _describe(content: Any) -> str:
     return f"a dictionary whose {other!r} is no tensor"
 
 
+def is_local(source: str) -> bool:
+    """Whether it is a file, or the folder or the common beginning of a TensorFlow checkpoint's files."""
+    path = Path(source)
+    if path.is_dir():
+        return any(path.glob("*.index"))
+    return path.is_file() or Path(f"{source}.index").is_file()
+
+
 def _locate(source: str) -> Path:
     """The file of a path, a URL or a name; what comes from the network is downloaded once."""
     url = IMAGENET.get(source, source)
     if urlparse(url).scheme not in ("http", "https"):
-        if not Path(source).is_file():
+        if not is_local(source):
             raise UserError(f"{source}: no such weights file, nor a URL, nor one of {', '.join(IMAGENET)}")
         return Path(source)
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(urlparse(url).path).name

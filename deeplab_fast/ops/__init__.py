@@ -5,15 +5,16 @@ Importing this registers all of them with torch and imports no kernel.
 
 from __future__ import annotations
 
-from . import batch_norm_act_backward  # noqa: F401 - registers what batch_norm_act's gradient is made of
 from .augment_image import augment_image, augment_image_mask
-from .batch_norm_act import batch_norm_act, batch_norm_act_inference, batch_norm_statistics
+from .batch_norm_act import batch_norm_act, batch_norm_act_inference, batch_norm_merge, batch_norm_statistics
+from .batch_norm_act_backward import batch_norm_act_backward, batch_norm_act_backward_reduce
 from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
 from .dispatch import has_kernel
+from .kth_largest import kth_largest
 from .normalize_image import normalize_image
-from .separable_conv import separable_conv
+from .separable_conv import separable_conv, separable_conv_concat
 from .upsample_argmax import upsample_argmax
 from .upsample_concat import upsample_concat
 from .upsample_confusion_matrix import upsample_confusion_matrix
@@ -23,7 +24,10 @@ __all__ = [
     "augment_image",
     "augment_image_mask",
     "batch_norm_act",
+    "batch_norm_act_backward",
+    "batch_norm_act_backward_reduce",
     "batch_norm_act_inference",
+    "batch_norm_merge",
     "batch_norm_statistics",
     "confusion_matrix",
     "depthwise_conv",
@@ -31,8 +35,10 @@ __all__ = [
     "depthwise_conv_rates",
     "depthwise_conv_statistics",
     "has_kernel",
+    "kth_largest",
     "normalize_image",
     "separable_conv",
+    "separable_conv_concat",
     "upsample_argmax",
     "upsample_concat",
     "upsample_confusion_matrix",

@@ -34,6 +34,13 @@ def batch_norm_act_statistics_reference(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (x - row(mean)).square().mean((0, 2, 3))
 
 
+def batch_norm_act_merge_reference(partials: Tensor) -> tuple[Tensor, Tensor]:
+    count, mean, squares = partials.unbind(1)
+    total = count.sum(0)
+    whole = (count * mean).sum(0) / total
+    return whole, (squares + count * (mean - whole).square()).sum(0) / total
+
+
 def batch_norm_act_reference(
     x: Tensor,
     mean: Tensor,
@@ -70,6 +77,16 @@ def batch_norm_statistics(x: Tensor, *, backend: str = "auto") -> tuple[Tensor, 
     """
     _check_image(x)
     return dispatch.run("batch_norm_act_statistics", x.detach(), backend=backend)
+
+
+def batch_norm_merge(partials: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """mean and biased variance (C,) of disjoint groups of pixels, from (groups, 3, C): count, mean, count * variance.
+
+    fp32 or fp64, as the result; a group of none is zeros. NaN where all are of none.
+    """
+    if partials.dim() != 3 or partials.shape[1] != 3 or partials.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"partials is {partials.dtype} {tuple(partials.shape)}; expected fp32 or fp64 (groups, 3, C)")
+    return dispatch.run("batch_norm_act_merge", partials.detach(), backend=backend)
 
 
 def batch_norm_act(
@@ -148,6 +165,12 @@ def _statistics_triton_why_not(x: Tensor) -> str | None:
     return gpu.triton_why_not(x)
 
 
+def _merge_triton_why_not(partials: Tensor) -> str | None:
+    if partials.dtype != torch.float32:
+        return f"the Triton kernel takes float32, and got {str(partials.dtype).removeprefix('torch.')}"
+    return gpu.triton_why_not(partials)
+
+
 def _native_why_not(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *_: object
 ) -> str | None:
@@ -200,6 +223,12 @@ def _triton_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return kernels.statistics(native.channels_last(x))
 
 
+def _triton_merge(partials: Tensor) -> tuple[Tensor, Tensor]:
+    from ..kernels import batch_norm_act as kernels
+
+    return kernels.merge_statistics(partials.contiguous())
+
+
 def _triton(x: Tensor, *rest: Any) -> Tensor:
     from ..kernels import batch_norm_act as kernels
 
@@ -217,6 +246,11 @@ STATISTICS_BACKENDS = table(
     (_triton_statistics, _statistics_triton_why_not),
     batch_norm_act_statistics_reference,
 )
+# A few numbers a channel: on a CPU torch's own steps are as good.
+MERGE_BACKENDS = {
+    "triton": dispatch.Backend(_triton_merge, _merge_triton_why_not, measured=()),
+    "reference": dispatch.Backend(batch_norm_act_merge_reference, dispatch.always, measured=("cpu", "cuda")),
+}
 INFERENCE_BACKENDS = table(
     (_native_inference, _inference_why_not),
     (_triton_inference, _inference_triton_why_not),
@@ -227,6 +261,10 @@ INFERENCE_BACKENDS = table(
 def _example(device: torch.device) -> tuple[Any, ...]:
     x, c = example_tensors(device)
     return x, c, c, c, c, None, 1e-5, "relu"
+
+
+def _example_merge(device: torch.device) -> tuple[Any, ...]:
+    return (torch.ones(2, 3, 3, device=device),)
 
 
 def _example_inference(device: torch.device) -> tuple[Any, ...]:
@@ -240,6 +278,13 @@ dispatch.register(
     STATISTICS_BACKENDS,
     lambda x, backend: like_channels(x),
     lambda device: example_tensors(device)[:1],
+)
+dispatch.register(
+    "batch_norm_act_merge",
+    "(Tensor partials, str backend) -> (Tensor, Tensor)",
+    MERGE_BACKENDS,
+    lambda partials, backend: (partials.new_empty(partials.shape[2]), partials.new_empty(partials.shape[2])),
+    _example_merge,
 )
 dispatch.register(
     "batch_norm_act",
@@ -305,4 +350,5 @@ def _backward_inference(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 dispatch.register_autograd("batch_norm_act", _backward, _setup)
 dispatch.register_autograd("batch_norm_act_inference", _backward_inference, _setup_inference)
+dispatch.forbid_gradient("batch_norm_act_merge", "has no gradient: batch_norm_act counts it in its own")
 dispatch.forbid_gradient("batch_norm_act_statistics", "has no gradient: batch_norm_act counts it in its own")

@@ -87,6 +87,50 @@ def batch_norm_act_backward_inference_reference(
     return [like(grad).copy_(value) for value in ([g * row(scale), g] if residual else [g * row(scale)])]
 
 
+def batch_norm_act_backward_reduce(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    eps: float,
+    activation: str,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """sum_grad and sum_grad_xhat (C,), fp32 (fp64 for fp64): over this x alone, the gradients of bias and weight.
+
+    grad: (N, C, H, W) of x's dtype; y: the result where a residual and an activation made it, else None; the others as
+    `batch_norm_act` has checked them.
+    """
+    inputs = (grad, x, y, mean, var, weight, bias, eps, activation)
+    return dispatch.run("batch_norm_act_backward_reduce", *inputs, backend=backend)
+
+
+def batch_norm_act_backward(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sum_grad: Tensor,
+    sum_grad_xhat: Tensor,
+    *,
+    count: int,
+    eps: float,
+    activation: str,
+    residual: bool,
+    backend: str = "auto",
+) -> list[Tensor]:
+    """[grad_x], and the gradient of the residual where it is asked for, as x; count: the pixels behind the sums."""
+    inputs = (grad, x, y, mean, var, weight, bias, sum_grad, sum_grad_xhat, count, eps, activation, residual)
+    return dispatch.run("batch_norm_act_backward", *inputs, backend=backend)
+
+
 def _native_why_not(grad: Tensor, *_: object) -> str | None:
     return native.cpu_why_not(grad)
 

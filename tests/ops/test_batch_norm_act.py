@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deeplab_fast.ops import batch_norm_act, batch_norm_act_inference, batch_norm_statistics, dispatch, native
+from deeplab_fast.ops import (
+    batch_norm_act,
+    batch_norm_act_inference,
+    batch_norm_merge,
+    batch_norm_statistics,
+    dispatch,
+    native,
+)
 from deeplab_fast.ops.batch_norm_act import batch_norm_act_inference_reference, batch_norm_act_reference
 from deeplab_fast.testing import assert_close, backends
 from tests.ahead_of_time import CHIPS, check_passes, compile_launches, needs_compiler
@@ -198,11 +205,9 @@ def test_more_partial_sums_than_a_step_merges(backend, device):
     check(shape, torch.float32, device, backend, "relu", False)
 
 
-@in_triton
+@pytest.mark.parametrize("backend, device", backends("batch_norm_act_merge"))
 def test_statistics_of_several_processes_merge(backend, device):
     """Synchronised batch norm: one message (n, mean, n * var) of each, of different numbers of pixels, one of none."""
-    from deeplab_fast.kernels import batch_norm_act as kernels
-
     x = image((102, 6, 1, 2), torch.float32, device, 1)
     x = x + 100 * torch.arange(102, device=device).reshape(-1, 1, 1, 1)
     messages = [torch.zeros(3, 6, device=device)]
@@ -211,10 +216,13 @@ def test_statistics_of_several_processes_merge(backend, device):
         messages.append(
             torch.stack([torch.full_like(own[:, 0], own.shape[1]), own.mean(1), own.var(1) * (own.shape[1] - 1)])
         )
-    mean, var = kernels.merge_statistics(torch.stack([m.float() for m in messages]))
+    partials = torch.stack([m.float() for m in messages])
+    mean, var = batch_norm_merge(partials, backend=backend)
+    assert dispatch.last_backend("batch_norm_act_merge") == backend
+    torch.library.opcheck(OPS.batch_norm_act_merge.default, (partials, backend))
+    assert batch_norm_merge(torch.zeros(2, 3, 5, device=device), backend=backend)[1].isnan().all()
     assert_close(mean, x.double().mean((0, 2, 3)))
     assert_close(var, x.double().var((0, 2, 3), correction=0))
-    assert all(values.isnan().all() for values in kernels.merge_statistics(torch.zeros(2, 3, 6, device=device)))
 
 
 @on_each_backend
@@ -364,6 +372,8 @@ def test_rejects_wrong_inputs():
         batch_norm_act_inference(x, c, c, x[:1])
     with pytest.raises(ValueError, match="mean is on meta and x on cpu"):
         batch_norm_act(x, c.to("meta"), c, c, c)
+    with pytest.raises(ValueError, match=r"partials is torch.float32 \(3,\); expected fp32 or fp64 \(groups, 3, C\)"):
+        batch_norm_merge(c)
 
 
 def test_half_precision_takes_the_reference():

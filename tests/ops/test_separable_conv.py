@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deeplab_fast.errors import UserError
-from deeplab_fast.ops import dispatch, gpu, native, separable_conv
+from deeplab_fast.ops import dispatch, gpu, native, separable_conv, separable_conv_concat
 from deeplab_fast.ops.separable_conv import separable_conv_reference
 from deeplab_fast.testing import assert_close, backends
 from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
@@ -458,3 +458,118 @@ def test_rejects_bad_input():
             separable_conv(**(good | change))
     with pytest.raises(UserError, match="separable_conv has no backend 'cudnn'; it has native, triton"):
         separable_conv(**good, backend="cudnn")
+
+
+# --- separable_conv_concat ---
+
+CONCAT = "separable_conv_concat"
+
+
+def concat_arguments(
+    dtype: torch.dtype, *, shape: tuple[int, ...] = (2, 24, 9, 7), norm_each: bool = True, last: bool = True
+) -> dict[str, Any]:
+    """x and three branches of 18, 5 and 32 channels between 7 and 3 others, which are no multiples of a vector."""
+    random = torch.Generator().manual_seed(7)
+    branches = [arguments(shape, m, dtype, dilation=d, seed=d) for m, d in ((18, 1), (5, 4), (32, 9))]
+    result = {
+        "x": branches[0]["x"],
+        "first": torch.randn(shape[0], 7, *shape[2:], generator=random).to(dtype),
+        "last": torch.randn(shape[0], 3, 1, 1, generator=random).to(dtype) if last else None,
+    }
+    for name in ("depthwise_weight", "pointwise_weight", "depthwise_scale", "depthwise_shift", "scale", "shift"):
+        result[f"{name}s"] = [branch[name] for branch in branches]
+    if not norm_each:
+        result |= {"depthwise_scales": [], "depthwise_shifts": []}
+    activations = {"depthwise_activation": "relu6" if norm_each else "none", "activation": "relu"}
+    return result | activations | {"dilations": [1, 4, 9]}
+
+
+def moved_lists(options: dict[str, Any], to: Any) -> dict[str, Any]:
+    lists = {name: [t.to(to) for t in v] for name, v in options.items() if isinstance(v, list) and name != "dilations"}
+    return moved(options, to) | lists
+
+
+def concat_positional(options: dict[str, Any]) -> list[Any]:
+    order = ("x", "first", "last", "depthwise_weights", "pointwise_weights", "depthwise_scales", "depthwise_shifts")
+    order += ("depthwise_activation", "scales", "shifts", "activation", "dilations")
+    return [options[name] for name in order]
+
+
+def one_by_one(options: dict[str, Any], backend: str) -> Tensor:
+    parts = [options["first"]]
+    for i, dilation in enumerate(options["dilations"]):
+        names = ("depthwise_weight", "pointwise_weight", "depthwise_scale", "depthwise_shift", "scale", "shift")
+        own = {name: options[f"{name}s"][i] if options[f"{name}s"] else None for name in names}
+        own |= {name: options[name] for name in ("depthwise_activation", "activation")}
+        parts.append(separable_conv(options["x"], **own, dilation=dilation, backend=backend))
+    if options["last"] is not None:
+        parts.append(options["last"].expand(-1, -1, *options["x"].shape[2:]))
+    return torch.cat(parts, dim=1)
+
+
+on_each_concat = pytest.mark.parametrize("backend, device", backends(CONCAT))
+
+
+@on_each_concat
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm_each, last", [(True, True), (False, False)])
+@pytest.mark.parametrize("shape", [(2, 24, 9, 7), (1, 33, 4, 1), (0, 8, 3, 3)], ids=str)
+def test_concat_is_the_branches_side_by_side(backend, device, dtype, norm_each, last, shape):
+    """Bit for bit: the same kernels, which write elsewhere."""
+    options = moved_lists(concat_arguments(dtype, shape=shape, norm_each=norm_each, last=last), device)
+    y = separable_conv_concat(**options, backend=backend)
+    assert dispatch.last_backend(CONCAT) == backend
+    _, m, h, w = y.shape
+    assert y.dtype == dtype and y.stride() == (h * w * m, 1, w * m, m)
+    assert torch.equal(y, one_by_one(options, backend))
+
+
+@on_each_concat
+def test_concat_opcheck(backend, device):
+    options = moved_lists(concat_arguments(torch.float32), device)
+    options["pointwise_weights"] = [w.flatten(1) for w in options["pointwise_weights"]]
+    torch.library.opcheck(torch.ops.deeplab_fast.separable_conv_concat.default, (*concat_positional(options), backend))
+
+
+@on_each_instruction_set
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_concat_on_every_instruction_set(instruction_set, dtype):
+    options = concat_arguments(dtype)
+    if reason := dispatch.explain(CONCAT, *concat_positional(options))["native"]:
+        pytest.skip(reason)
+    y = separable_conv_concat(**options, backend="native")
+    assert torch.equal(y, one_by_one(options, "native"))
+
+
+def test_concat_rejects_bad_input():
+    options = concat_arguments(torch.float32)
+
+    def refused(message: str, **changes: Any) -> None:
+        with pytest.raises(ValueError, match=message):
+            separable_conv_concat(**(options | changes))
+
+    refused("scales are 2 and dilations 3; expected as many", scales=options["scales"][:2])
+    refused("depthwise_shifts are 0 and dilations 3", depthwise_shifts=[])
+    refused(r"first is \(2, 7, 9, 6\); expected \(2, 'M', 9, 7\)", first=options["first"][..., 1:])
+    refused(r"last is \(2, 7, 9, 7\); expected \(2, 'M', 1, 1\)", last=options["first"])
+    refused("first is torch.float64 on cpu and x torch.float32", first=options["first"].double())
+    refused("dilation is 0; expected at least 1", dilations=[1, 0, 2])
+    for name in ("first", "last"):
+        with pytest.raises(RuntimeError, match="separable_conv_concat has no gradient"):
+            separable_conv_concat(**(options | {name: options[name].clone().requires_grad_()}))
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_concat_compiles_with_wide_stores(chip):
+    """A slice of ASPP's 1280 channels that begins at the 256th: stores are as wide as those of a result of its own."""
+    from deeplab_fast.kernels import separable_conv as kernels
+
+    x = torch.empty((2, 2048, 32, 64), dtype=torch.bfloat16, memory_format=torch.channels_last)
+    y = torch.empty((2, 1280, 32, 64), dtype=torch.bfloat16, memory_format=torch.channels_last)
+    weights = torch.empty(2048, 1, 3, 3, dtype=x.dtype), torch.empty(256, 2048, dtype=x.dtype)
+    norms = torch.empty(2048), torch.empty(2048), "relu", torch.empty(256), torch.empty(256), "relu"
+    _, main = compile_launches(chip, lambda: kernels.separable_conv(x, *weights, *norms, 12, 1, y[:, 256:512]))
+    assert main.stack == 0
+    stores = re.findall(r"st\.global\.(\S+)", main.ptx)
+    assert stores and set(stores) == {"v4.b32"}

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import UserError
+from .. import tensorflow
 from ..resnet import RESNETS
 from .tensors import absolute_scales, fold_biases, low_level_last, rename
 
@@ -26,7 +27,7 @@ class Layout:
 
     name: str
     signature: tuple[str, ...]
-    """keys of which any tells the layout"""
+    """keys of which any tells the layout; one that ends with a slash is how a key begins"""
     translate: Callable[[State], tuple[State, dict[str, Any]]]
     """its tensors -> those of `DeepLab` by name, with what has no place left as it is; and fields"""
     spare: tuple[str, ...] = ()
@@ -81,9 +82,31 @@ def smp(state: State) -> tuple[State, dict[str, Any]]:
     return rename(state, rules), fields | {"output_stride": 8}
 
 
+# A tensor of a backbone that this project does not have, and what that backbone is.
+_OTHER = {
+    "backbone.block20.rep.1.conv1.weight": (
+        "an Xception that is not xception65: its decoder reads the 128 channels of the first block, and the last three "
+        "convolutions have no ReLU between depthwise and pointwise"
+    ),
+    "backbone.block12.rep.1.conv1.weight": (
+        "Chollet's Xception: max pooling, and nothing between depthwise and pointwise convolutions; xception65 is the "
+        "aligned one"
+    ),
+    "backbone.layer0.0.weight": "a DRN",
+    "backbone.stage4.0.branches.0.0.conv1.weight": "an HRNet",
+    "backbone.features.0.0.weight": "a MobileNetV2",
+}
+
+
+def _other(state: State) -> str | None:
+    """The backbone of a file where it is no ResNet."""
+    unknown = None if "backbone.layer1.0.conv1.weight" in state else "another"
+    return next((text for key, text in _OTHER.items() if key in state), unknown)
+
+
 def jfzhang95(state: State) -> tuple[State, dict[str, Any]]:
-    if "backbone.layer1.0.conv1.weight" not in state:
-        raise UserError("of jfzhang95/pytorch-deeplab-xception the models with a ResNet can be read, this has another")
+    if other := _other(state):
+        raise UserError(f"of jfzhang95/pytorch-deeplab-xception the models with a ResNet can be read, this has {other}")
     rules: Rules = {}
     for i in range(4):
         aspp = f"aspp.aspp{i + 1}."
@@ -170,9 +193,9 @@ def vainf(state: State) -> tuple[State, dict[str, Any]]:
     fields: dict[str, Any] = {"first_block_dilation": "previous"}
     if any(k.startswith(features) for k in state):
         fields["backbone"] = "mobilenet_v2_vainf"
-    elif "backbone.layer1.0.conv1.weight" not in state:
+    elif other := _other(state):
         raise UserError(
-            "of VainF/DeepLabV3Plus-Pytorch the models with a ResNet or MobileNetV2 can be read, this has another"
+            f"of VainF/DeepLabV3Plus-Pytorch the models with a ResNet or MobileNetV2 can be read, this has {other}"
         )
     if "classifier.project.0.weight" not in state:
         rules |= torchvision_aspp("classifier.classifier.0.")
@@ -189,6 +212,14 @@ def backbone_only(state: State) -> tuple[State, dict[str, Any]]:
 
 
 LAYOUTS = (
+    Layout("tensorflow/models, research/deeplab", ("logits/semantic/",), tensorflow.translate),
+    Layout(
+        "tensorflow/models' backbone",
+        tensorflow.SCOPES,
+        tensorflow.translate,
+        tensorflow.IMAGENET_HEADS,
+        whole=False,
+    ),
     Layout("hualin95/Deeplab-v3plus", ("Resnet101.conv1.weight", "encoder.Resnet101.conv1.weight"), hualin95),
     Layout("CoinCheung or konami86/DeepLab-v3-plus-cityscapes", ("aspp.conv_out.conv.weight",), coincheung),
     Layout("chenxi116/DeepLabv3.pytorch", ("aspp.aspp1_bn.weight",), chenxi116, ("fc.",)),
@@ -221,12 +252,17 @@ LAYOUTS = (
 def find_layout(keys: Iterable[str]) -> Layout | None:
     """The layout of a file with these names; None: none that is known."""
     keys = set(keys)
+    # What TensorFlow's names begin with.
+    keys |= {key[: i + 1] for key in keys for i, letter in enumerate(key) if letter == "/"}
     return next((layout for layout in LAYOUTS if keys.intersection(layout.signature)), None)
 
 
 def shape_fields(state: Mapping[str, Tensor]) -> dict[str, Any]:
     """The fields of `build_model` that the shapes of a translated file tell."""
-    fields = _resnet(state) if "backbone.layer1.0.conv1.weight" in state else _mobilenet(state)
+    if "backbone.stem.0.conv.weight" in state:
+        fields = {}  # an Xception, whose names tell which
+    else:
+        fields = _resnet(state) if "backbone.layer1.0.conv1.weight" in state else _mobilenet(state)
     if "aspp.project.conv.weight" not in state:
         return fields
     fields |= {

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 
 from ...errors import UserError
 from ..deeplab import DeepLab, build_model
+from ..norm import FrozenBatchNorm2d
 from ..weights import read_state_dict, some_of
+from . import tflite_deeplab
 from .layouts import Layout, find_layout, shape_fields
+from .tflite_file import is_tflite, read_graph
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,15 @@ class Loaded:
     """tensors of the file that the model has no use for, by this project's names where they have one"""
 
 
+def identify(path: str | Path) -> tuple[Layout | None, dict[str, Tensor]]:
+    """The layout of a file, None where none is known, and its tensors by its own names for `Layout.translate`."""
+    if is_tflite(path):
+        graph = read_graph(path)
+        return Layout("TensorFlow's DeepLab, by TensorFlow Lite", (), lambda _: tflite_deeplab.translate(graph)), {}
+    state = read_state_dict(path)
+    return find_layout(state), state
+
+
 def load_weights(
     model: DeepLab | None, path: str | Path, *, partial: bool = False, new_classifier: bool = False, **fields: Any
 ) -> Loaded:
@@ -39,8 +51,10 @@ def load_weights(
     Knows torchvision's backbones and DeepLabv3, segmentation_models_pytorch, jfzhang95/pytorch-deeplab-xception and
     HaoranYao/DD2424-Project, CoinCheung's and konami86's DeepLab-v3-plus-cityscapes, chenxi116/DeepLabv3.pytorch,
     zym1119/DeepLabv3_MobileNetv2_PyTorch, hualin95/Deeplab-v3plus and VainF/DeepLabV3Plus-Pytorch, by their tensors'
-    names, with `module.` before them and in a training script's dictionary or not. Only tensors and plain types are
-    read; no code of the file runs.
+    names, with `module.` before them and in a training script's dictionary or not; TensorFlow's DeepLabv3 on a
+    MobileNetV2 as a TensorFlow Lite file (see `tflite_deeplab`; needs the package tflite); and the checkpoints of
+    tensorflow/models, research/deeplab, of which path may be the beginning of their names, one of them, their folder or
+    .tar.gz. Only tensors and plain types are read; no code of the file runs.
 
     partial: take what fits in name and shape. new_classifier: let the model's classifier be where the file's has other
     classes. fields: keywords of `build_model` for what no file tells, such as output_stride, and num_classes for a
@@ -48,8 +62,7 @@ def load_weights(
     Raises UserError for a file that is none of these, for tensors that are missing, left over or of another shape, and
     for a model that computes another graph (dilations, corners, activations) at its own output stride.
     """
-    state = read_state_dict(path)
-    layout = find_layout(state)
+    layout, state = identify(path)
     if layout is None and "aspp.branches.0.conv.weight" in state:
         raise UserError(
             f"{path} is a checkpoint of this project: evaluate, predict and train --weights take it as it is"
@@ -115,6 +128,12 @@ def _other_classes(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bo
 
 def _check_graph(model: DeepLab, fields: dict[str, Any], path: str | Path) -> None:
     """UserError where equal shapes would compute something else than the weights were trained for."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    if fields.get("norm") == "frozen_batch" and not all(isinstance(m, FrozenBatchNorm2d) for m in norms):
+        raise UserError(
+            f"{path} has its batch norms folded into the convolutions and their statistics lost: expected a model with "
+            "norm 'frozen_batch', or partial"
+        )
     with torch.device("meta"):
         wanted = _graph(build_model(**{**fields, "output_stride": model.output_stride}))
     ours = _graph(model)
@@ -122,7 +141,15 @@ def _check_graph(model: DeepLab, fields: dict[str, Any], path: str | Path) -> No
     if differing:
         k = differing[0]
         more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
-        told = ("multi_grid", "first_block_dilation", "activation", "aspp_activation", "align_corners", "pixels")
+        told = (
+            "backbone",
+            "multi_grid",
+            "first_block_dilation",
+            "activation",
+            "aspp_activation",
+            "align_corners",
+            "pixels",
+        )
         names = ", ".join(f"{name} {fields[name]!r}" for name in told if name in fields)
         raise UserError(
             f"{path} was trained in another graph: {k} is {ours[k]} in the model and was {wanted[k]}{more}; expected "
@@ -139,6 +166,8 @@ def _graph(model: DeepLab) -> dict[str, Any]:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             parts[f"{name} (stride, padding, dilation)"] = (module.stride, module.padding, module.dilation)
+        elif isinstance(module, nn.modules.batchnorm._NormBase):
+            parts[f"{name}.eps"] = module.eps
         elif isinstance(getattr(module, "activation", None), str):
             parts[f"{name}.activation"] = module.activation
     return parts
