@@ -36,6 +36,7 @@ DTYPES = {
     14: torch.bfloat16,
     19: torch.float16,
 }
+MOST_DIMENSIONS = 254  # of TensorFlow's TensorShape
 INDEX = ".index"
 SHARD = re.compile(r"(.+)\.data-\d{5}-of-\d{5}")
 
@@ -190,7 +191,9 @@ def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
     file.readinto(data)
     if crc32c(data) != unmasked(entry.checksum):
         raise UserError(f"{path}: {name} has another checksum than was written with it: the file is damaged")
-    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape) if data else torch.empty(entry.shape)
+    if not data:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
 
 def _header(message: bytes | None) -> int:
@@ -213,6 +216,8 @@ def _entry(message: bytes) -> Entry:
     for number, value in _fields(_typed(fields, 2, bytes)):
         if number == 2 and isinstance(value, bytes):
             shape.append(_typed(dict(_fields(value)), 1, int))
+    if len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 1 << 63:
+        raise Broken(f"has a variable of {len(shape)} dimensions, {max(shape)} the largest")
     return Entry(
         dtype=DTYPES.get(_typed(fields, 1, int)),
         shape=tuple(shape),
