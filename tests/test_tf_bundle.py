@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,6 +128,23 @@ def test_an_archive_is_read_and_nothing_of_it_written(prefix: Path, tmp_path: Pa
         read_variables(archive(tmp_path / "x.tar.gz", ("a/frozen_inference_graph.pb", b"")))
     with pytest.raises(UserError, match=r"y.tgz/model.ckpt.data-00000-of-00001: no such file, which .* needs"):
         read_variables(archive(tmp_path / "y.tgz", ("model.ckpt.index", index)))
+
+
+def test_an_archive_s_sparse_files_are_left_alone(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("model.ckpt.index")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 60)}
+        tar.addfile(info)
+    assert read_variables(tmp_path / "model.tar.gz") is None
+
+
+def test_variables_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    values = np.ones(3, np.float32)
+    write_bundle(tmp_path / "model.ckpt", {"a": values, "b": values})
+    bundle = find_bundle(tmp_path / "model.ckpt")
+    again = {f"c{i}": bundle.entries["a"] for i in range(3)}
+    with pytest.raises(UserError, match=r"has 24 bytes, its variables up to c0 36: expected none that overlap"):
+        replace(bundle, entries=bundle.entries | again).read(["a", "b", "c0"])
 
 
 def test_snappy_copies() -> None:

@@ -71,7 +71,7 @@ class Bundle:
 
         UserError for a variable that is partitioned, and for a shard that is missing, too short or damaged.
         """
-        variables, files = {}, {}
+        variables, files, taken = {}, {}, dict.fromkeys(self.shards, 0)
         with contextlib.ExitStack() as opened:
             for name in names:
                 entry = self.entries[name]
@@ -83,7 +83,8 @@ class Bundle:
                 shard = self.shards[entry.shard]
                 if shard not in files:
                     files[shard] = opened.enter_context(self.open(shard))
-                variables[name] = _tensor(files[shard], shard, name, entry)
+                taken[shard] += entry.size
+                variables[name] = _tensor(files[shard], shard, name, entry, taken[shard])
         return variables
 
 
@@ -129,7 +130,12 @@ def _from_archive(path: Path) -> Bundle | None:
             names, contents = [], {}
             for member in archive:
                 names.append(member.name)
-                if member.isfile() and (member.name.endswith(INDEX) or SHARD.fullmatch(member.name)):
+                # A sparse file may be of any size in an archive of none.
+                if (
+                    member.isfile()
+                    and not member.issparse()
+                    and (member.name.endswith(INDEX) or SHARD.fullmatch(member.name))
+                ):
                     contents[member.name] = archive.extractfile(member).read()
     except tarfile.ReadError as error:
         if path.suffix == ".tar" or "not a gzip file" in str(error):
@@ -177,7 +183,8 @@ def _bundle(prefix: str, open_: Callable[[str], BinaryIO], shown: str = "") -> B
     return Bundle(shown + prefix, entries, shards, opened)
 
 
-def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
+def _tensor(file: BinaryIO, path: str, name: str, entry: Entry, taken: int) -> Tensor:
+    """taken: bytes of the shard's variables up to this one; more than it has would be memory without end."""
     wanted = math.prod(entry.shape) * entry.dtype.itemsize
     if entry.size != wanted:
         raise UserError(f"{path}: {name} of {entry.shape} has {entry.size} bytes, expected {wanted}")
@@ -186,6 +193,8 @@ def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
         raise UserError(
             f"{path}: has {length} bytes, {name} ends at {entry.offset + entry.size}: expected the whole shard"
         )
+    if taken > length:
+        raise UserError(f"{path}: has {length} bytes, its variables up to {name} {taken}: expected none that overlap")
     file.seek(entry.offset)
     data = bytearray(entry.size)
     file.readinto(data)
