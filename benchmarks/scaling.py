@@ -136,10 +136,10 @@ def model_of(config: Config, device: str = "meta", classes: int = 19) -> nn.Modu
         return build_model(num_classes=classes, **fields).train()
 
 
-def bench_config(processes: int, batch_size: int) -> Config:
+def bench_config(batch_size: int, norm: str) -> Config:
     """Small enough for two cores: MobileNetV2 on painted scenes."""
     config = PRESETS["scenes"]()
-    model = replace(config.model, backbone="mobilenet_v2", norm="sync_batch" if processes > 1 else "batch")
+    model = replace(config.model, backbone="mobilenet_v2", norm=norm)
     return replace(
         config,
         data=replace(config.data, workers=0),
@@ -149,12 +149,12 @@ def bench_config(processes: int, batch_size: int) -> Config:
     )
 
 
-def work(batch_size: str) -> None:
+def work(batch_size: str, norm: str) -> None:
     """What each process runs: prints, in the main one, seconds a step and what it has sent."""
     torch.set_num_threads(1)
     set_allocator()
     processes = start()
-    config = bench_config(processes.size, int(batch_size))
+    config = bench_config(int(batch_size), norm)
     train_set = open_dataset(config.data, "train")
     training = Training(config, train_set, open_dataset(config.data, "val"), processes)
     training.start(None)
@@ -167,7 +167,7 @@ def work(batch_size: str) -> None:
         optimise(training, iter(batches))
         if number >= WARM_UP:
             seconds.append(time.perf_counter() - began)
-    sent = messages(training.model.train(), synchronised=processes.size > 1)
+    sent = messages(training.model.train(), synchronised=norm == "sync_batch")
     if counted:
         assert sum(counted) == sent.gradients * (WARM_UP + STEPS), (sum(counted), sent)
     if processes.is_main:
@@ -196,12 +196,18 @@ def count_buckets(training: Training) -> list[int]:
 
 def measure() -> None:
     """One process with 4 images; two with 4 together; two with 4 each. In turns, medians."""
-    cases = {"1 process, 4 images": (1, 4), "2 processes, 2 images each": (2, 4), "2 processes, 4 images each": (2, 8)}
+    cases = {
+        "1 process, 4 images": (1, 4, "batch"),
+        "2 processes, 2 images each": (2, 4, "sync_batch"),
+        "2 processes, 4 images each": (2, 8, "sync_batch"),
+        "2 processes, 4 images each, norms of their own": (2, 8, "batch"),
+    }
     runs: dict[str, list[dict]] = {name: [] for name in cases}
     for _ in range(ROUNDS):
-        for name, (count, batch) in cases.items():
+        for name, (count, batch, norm) in cases.items():
             launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-            argv = [sys.executable, *(launcher if count > 1 else []), "-m", "benchmarks.scaling", "work", str(batch)]
+            argv = [sys.executable, *(launcher if count > 1 else []), "-m", "benchmarks.scaling", "work"]
+            argv += [str(batch), norm]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}
             done = subprocess.run(argv, env=environment, capture_output=True, text=True)
             if done.returncode:

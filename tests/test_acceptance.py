@@ -40,3 +40,32 @@ def test_committed_record_is_of_the_preset_and_reaches_the_score():
     assert max(scores.values()) >= 0.55
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert f"{scores[1000]:.3f}".removeprefix("0") in readme
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        (
+            "camvid_mobilenetv2_zym1119",
+            "--preset cityscapes_mobilenetv2_zym1119 --crop-size 320 320 --base-size 0 --batch-size 8",
+        ),
+        (
+            "camvid_ohem_resnet18",
+            "--preset cityscapes_resnet101_coincheung --backbone resnet18 --crop-size 256 256 --warmup-steps 50",
+        ),
+    ],
+)
+def test_committed_records_are_of_the_recipes_and_in_the_readme(name, flags):
+    root = Path(__file__).parent.parent
+    first, *lines = [json.loads(line) for line in (root / f"benchmarks/results/{name}.jsonl").read_text().splitlines()]
+    command, _ = parse_train(["--data", "camvid", "--root", "camvid", *flags.split(), "--steps", "800"])
+    saved = Config.from_dict(first["config"])
+    for group in ("augment", "model", "optim"):
+        assert getattr(saved, group) == getattr(command.config, group)
+    scores = [f"{line['miou']:.3f}".removeprefix("0") for line in lines if "miou" in line]
+    (row,) = [
+        line
+        for line in (root / "README.md").read_text().splitlines()
+        if line.startswith("| `" + flags.split()[1]) and scores[0] in line
+    ]
+    assert row.replace("*", "").split("|")[3:-1] == [f" {score} " for score in scores]

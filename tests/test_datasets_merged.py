@@ -129,6 +129,9 @@ def coco_set(folder: Path) -> Path:
 def test_coco_with_the_classes_of_voc(tmp_path):
     pytest.importorskip("pycocotools")
     dataset = opened(coco_set(tmp_path), name="coco")
+    assert [dataset.image_size(i) for i in range(len(dataset))] == [
+        dataset.load(i)[0].shape[:2] for i in range(len(dataset))
+    ]
     check_dataset(dataset, 1)
     assert dataset.classes is VOC
     # Too little of the dog is seen, and kites are none of VOC's classes.

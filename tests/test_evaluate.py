@@ -264,7 +264,7 @@ def test_the_output_stride_may_be_another_than_in_training(tmp_path, capsys):
         assert told in capsys.readouterr().out
 
 
-def test_padding_goes_to_sides_of_16_k_plus_1(camvid):
+def test_padding_goes_to_sides_of_16_k_plus_1(camvid, monkeypatch):
     dataset = open_dataset(DataConfig(name="camvid", root=str(camvid)), "val")
     for least, sizes in ((513, [(513, 513)] * 2), (1, [(33, 33), (49, 33)]), (40, [(40, 40), (49, 40)])):
         padded = Padded(dataset, (1, 2, 3), least)
@@ -275,7 +275,9 @@ def test_padding_goes_to_sides_of_16_k_plus_1(camvid):
             assert (image[:height, :width] == whole).all() and (mask[:height, :width] == truth).all()
             assert (mask[height:] == 255).all() and (mask[:, width:] == 255).all()
             assert (image[height:] == (1, 2, 3)).all() and (image[:, width:] == (1, 2, 3)).all()
-            assert (padded.cut(index, mask) == truth).all()
+            with monkeypatch.context() as patched:  # the size is in the file's head
+                patched.setattr(dataset, "load", None)
+                assert (padded.cut(index, mask) == truth).all()
 
 
 @pytest.mark.parametrize(("pixels", "colour"), [("imagenet", (124, 116, 104)), ("symmetric", (128, 128, 128))])

@@ -34,15 +34,6 @@ GROUPS = (
 )
 # What a row without a test begins with; no other does.
 WITHOUT_TEST = ("not offered", "not yet")
-# Commands and tests that are written elsewhere and not merged yet. One that is there has to leave this list.
-PLANNED: frozenset[str] = frozenset(
-    {
-        "test_tf_importers.py::test_a_built_model_computes_the_graph_of_the_checkpoint",
-        "test_tf_bundle.py::test_what_was_written_is_read",
-        "test_tflite.py::test_a_file_becomes_the_model_that_it_was",
-        "test_tflite.py::test_the_published_network_is_litert_s_on_every_pixel",
-    }
-)
 # Files of a run or of a data set, and keys of what is written.
 NAMES = {"dataset.toml", "best.pt", "config.json", "class_iou"}
 COMMANDS: dict[str, tuple[type, list[str]]] = {  # with what each cannot do without
@@ -93,12 +84,12 @@ def proofs(cell: str) -> list[str]:
 
 
 def fails(check: Callable[[str], None], token: str) -> str:
-    """What is wrong with it, or empty. A planned one must fail, so that it is not planned for ever."""
+    """What is wrong with it, or empty."""
     try:
         check(token)
     except LookupError as error:
-        return "" if token in PLANNED else f"{token}: {error}"
-    return f"{token} is there: take it out of PLANNED" if token in PLANNED else ""
+        return f"{token}: {error}"
+    return ""
 
 
 @functools.cache
@@ -181,7 +172,6 @@ def test_groups_and_features() -> None:
     assert all(sum(row.group == group for row in ROWS) >= 5 for group in GROUPS)
     features = [row.feature for row in ROWS]
     assert all(features) and len(set(features)) == len(features)
-    assert {token for row in ROWS for token in (*tokens(row.how), *proofs(row.tests))} >= PLANNED
 
 
 GOOD = Row("Models", "a", "`--model deeplabv3`", "[feature sizes](tests/test_model.py)")
@@ -213,14 +203,6 @@ def test_a_wrong_row_is_found(change: dict, said: str) -> None:
     assert said in problem
 
 
-def test_what_is_planned_has_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = {"test_none.py::test_none", "test_model.py::test_atrous_rates", "--model deeplabv3"}
-    monkeypatch.setitem(globals(), "PLANNED", planned)
-    said = list(problems([GOOD._replace(tests="[none](tests/test_none.py) [atrous rates](tests/test_model.py)")]))
-    there = ("--model deeplabv3", "test_model.py::test_atrous_rates")
-    assert said == [f"Models, a: {token} is there: take it out of PLANNED" for token in there]
-
-
 README = (ROOT / "README.md").read_text()
 
 
@@ -228,7 +210,7 @@ def test_links_lead_somewhere() -> None:
     headings = {re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in re.findall(r"(?m)^#+ (.+)$", README)}
     links = re.findall(r"\]\(([^)]+)\)", README)
     wrong = {x for x in links if not (x[1:] in headings if x.startswith("#") else (ROOT / x).exists())}
-    assert len(links) > 50 and wrong <= {f"tests/{token.partition('::')[0]}" for token in PLANNED}
+    assert len(links) > 50 and not wrong
 
 
 COMMAND = re.compile(r"python -m deeplab_fast\.(\w+)((?: [^`\n&;|]*)?)")

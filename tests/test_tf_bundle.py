@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ VARIABLES = {
     **{f"scope/layer_{i}/weights": RNG.standard_normal((3, 3, i, 2), np.float32) for i in range(1, 12)},
     "scope/steps": np.int64(30_000).reshape(()),
     "scope/empty": np.zeros((0, 4), np.float32),
+    "scope/none": np.zeros((2, 0), np.int64),
     "scope/half": RNG.standard_normal(7).astype(np.float16),
     "other/double": RNG.standard_normal((5, 1)),
     "other/codes": np.arange(200, dtype=np.uint8),
@@ -128,6 +130,23 @@ def test_an_archive_is_read_and_nothing_of_it_written(prefix: Path, tmp_path: Pa
         read_variables(archive(tmp_path / "y.tgz", ("model.ckpt.index", index)))
 
 
+def test_an_archive_s_sparse_files_are_left_alone(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("model.ckpt.index")
+        info.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 60)}
+        tar.addfile(info)
+    assert read_variables(tmp_path / "model.tar.gz") is None
+
+
+def test_variables_that_share_bytes_are_refused(tmp_path: Path) -> None:
+    values = np.ones(3, np.float32)
+    write_bundle(tmp_path / "model.ckpt", {"a": values, "b": values})
+    bundle = find_bundle(tmp_path / "model.ckpt")
+    again = {f"c{i}": bundle.entries["a"] for i in range(3)}
+    with pytest.raises(UserError, match=r"has 24 bytes, its variables up to c0 36: expected none that overlap"):
+        replace(bundle, entries=bundle.entries | again).read(["a", "b", "c0"])
+
+
 def test_snappy_copies() -> None:
     # "ab", a copy of 9 that runs into itself, one with an offset of 2 bytes, one of 4
     packed = b"\x15\x04ab" + bytes([(9 - 4) << 2 | 1, 2]) + bytes([4 << 2 | 2, 2, 0]) + bytes([4 << 2 | 3, 1, 0, 0, 0])
@@ -198,6 +217,8 @@ SHAPE = message(2, message(2, number(1, 3)))
         ({"a": number(1, 1) + SHAPE + number(5, 8)}, r"a of \(3,\) has 8 bytes, expected 12"),
         ({"a": number(1, 1) + SHAPE + number(3, 1) + number(5, 12)}, "has a in shard 1 of 1: expected"),
         ({"a": number(1, 1) + number(2, 3)}, "has an entry whose field 2 is of another kind"),
+        ({"a": number(1, 1) + message(2, message(2, number(1, 2**64 - 1)) + message(2, b""))}, "has a variable of 2 "),
+        ({"a": number(1, 1) + message(2, message(2, number(1, 1)) * 255)}, "has a variable of 255 dimensions, 1 the"),
         ({"a": b"\x0b"}, "has a field of wire type 3"),
         ({"a": b"\x12\x05"}, "ends within a field"),
         ({"a": b"\x08\xff"}, "ends within a number"),

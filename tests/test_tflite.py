@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from deeplab_fast.data.labels import VOC, Classes
 from deeplab_fast.errors import UserError
 from deeplab_fast.model import build_model
 from deeplab_fast.model.importers import Loaded, load_weights
+from deeplab_fast.model.importers.tflite_file import read_graph
 from deeplab_fast.ops.normalize_image import MEAN, STD
 from deeplab_fast.state import load_initial_weights
 
@@ -149,6 +151,19 @@ def retyped(tape: Tape) -> None:
             tensor.update(type="UINT8", scales=[0.1])
 
 
+def strided(tape: Tape) -> None:
+    """Both directions of a 1x1 convolution."""
+    named(tape, "expanded_conv_3/project")["options"].update(StrideH=2, StrideW=2)
+
+
+def with_bias(*shape: int) -> Callable[[Tape], None]:
+    def change(tape: Tape) -> None:
+        data = np.ones(shape, "<f4").tobytes()
+        named(tape, "logits")["inputs"][2] = tape.add_tensor("bias", shape, "FLOAT32", data)
+
+    return change
+
+
 def with_branch(tape: Tape) -> None:
     concat = named(tape, "concat")
     concat["inputs"] = [*concat["inputs"], concat["inputs"][1]]
@@ -198,6 +213,22 @@ SPOILED = {
         spoiled(lambda t: named(t, "aspp0")["inputs"].__setitem__(1, named(t, "pool")["output"])),
         "its tensor pool is computed, expected a constant",
     ),
+    "stride of 1x1": (spoiled(strided), "expanded_conv_3/project is a 1x1 convolution with a stride; expected Tens"),
+    "scalar bias": (spoiled(with_bias()), r"logits has a bias of \(\), expected \(5,\)"),
+    "short bias": (spoiled(with_bias(4)), r"logits has a bias of \(4,\), expected \(5,\)"),
+    "itself": (
+        spoiled(lambda t: t.operators[-1].update(output=t.operators[-1]["inputs"][0])),
+        "damaged, .*an operator RESIZE_BILINEAR writes what was there before it",
+    ),
+    "negative shape": (
+        spoiled(lambda t: t.tensors[named(t, "aspp0")["inputs"][2]].update(shape=[-1, -16])),
+        r"damaged, .*a tensor of \(-1, -16\)",
+    ),
+    "negative axis": (
+        spoiled(lambda t: t.tensors[named(t, "aspp0")["inputs"][1]].update(axis=-4), weights="INT8"),
+        "damaged, .*16 scales and 16 zero points for a tensor of",
+    ),
+    "no output": (spoiled(lambda t: setattr(t, "output", -1)), "damaged, .*its input or output is no tensor"),
     "two inputs": (spoiled(lambda t: setattr(t, "inputs", [0, 1])), "its graph has 2 inputs and 1 outputs, expected"),
     "bfloat16": (
         spoiled(lambda t: t.tensors[named(t, "aspp0")["inputs"][1]].update(type="BFLOAT16")),
@@ -243,6 +274,25 @@ def test_any_byte_may_be_wrong(tmp_path: Path) -> None:
             refused += 1
             assert str(path) in str(error)
     assert refused > 10
+
+
+def test_tensors_of_one_buffer_hold_no_copies_of_it(tmp_path: Path) -> None:
+    path = deeplab(image()).write(tmp_path / "file.tflite")
+    constants = [tensor for tensor in read_graph(path).tensors if tensor.data]
+    assert len(constants) > 50 and len({id(memoryview(tensor.data).obj.base) for tensor in constants}) == 1
+
+
+def test_what_convert_made_trains_with_frozen_norms_alone(tmp_path: Path) -> None:
+    path = deeplab(image(), 7).write(tmp_path / "file.tflite")
+    assert convert.main([str(path), "--output", str(tmp_path / "model.pt")]) == 0
+    _, config, classes = checkpoint.load_model(tmp_path / "model.pt")
+    config = replace(config, run=RunConfig(weights=str(tmp_path / "model.pt")))
+    load_initial_weights(checkpoint.build(config, classes), config)
+    for norm in ("batch", "sync_batch"):
+        other = replace(config, model=replace(config.model, norm=norm))
+        expected = r"statistics lost \(backbone.features.0.1\), as a .tflite file does: expected norm frozen_batch"
+        with pytest.raises(UserError, match=expected):
+            load_initial_weights(checkpoint.build(other, classes), other)
 
 
 def test_the_package_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .images import read_image, same_size, verify_image
+from .images import read_image, read_image_size, same_size, verify_image
 from .labels import IGNORE, Classes
 
 
@@ -35,6 +35,10 @@ class Dataset:
     def load_mask(self, index: int) -> np.ndarray | None:
         """The mask that `load` gives, without its image where that is read apart."""
         return self.load(index)[1]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Height and width of the image that `load` gives."""
+        return self.load(index)[0].shape[:2]
 
     def inspect(self, index: int) -> Finding:
         """What `check_dataset` has to know of pair `index`."""
@@ -89,6 +93,9 @@ class FileDataset(Dataset):
     def load_mask(self, index: int) -> np.ndarray | None:
         path = self.pairs[index].mask
         return None if path is None else self.read_mask(path)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        return read_image_size(self.pairs[index].image)
 
     def inspect(self, index: int) -> Finding:
         _, image_path, mask_path = self.pairs[index]

@@ -66,6 +66,9 @@ class Coco(Dataset):
             raise UserError(_wrong_size(sample, image.shape[:2]))
         return image, paint(sample)
 
+    def image_size(self, index: int) -> tuple[int, int]:
+        return self.samples[index].size
+
     def inspect(self, index: int) -> Finding:
         sample = self.samples[index]
         try:

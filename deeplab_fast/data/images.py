@@ -51,6 +51,12 @@ def read_image(path: str | Path) -> np.ndarray:
         return np.array(image.convert("RGB"))
 
 
+def read_image_size(path: Path) -> tuple[int, int]:
+    """Height and width by the head of the file; its pixels are not read."""
+    with _opened(path, "image") as image:
+        return image.height, image.width
+
+
 def verify_image(path: Path) -> tuple[int, int]:
     """(width, height) of an image, after reading enough of the file to know that it is whole."""
     with _opened(path, "image") as image:

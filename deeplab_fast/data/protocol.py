@@ -67,7 +67,7 @@ class Padded(Dataset):
 
     def cut(self, index: int, prediction: np.ndarray) -> np.ndarray:
         """What of a prediction lies in the image."""
-        height, width = self.dataset.load(index)[0].shape[:2]
+        height, width = self.dataset.image_size(index)
         return prediction[:height, :width]
 
 

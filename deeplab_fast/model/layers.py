@@ -254,6 +254,8 @@ def separable_concat(x: Tensor, first: Tensor, branches: Sequence[nn.Module], la
     dtype = autocast_dtype(x.device, x.dtype)
     if not branches or not all(part is None or part.dtype == dtype for part in (first, last)):
         return None
+    if not ops.has_kernel("separable_conv_concat", x):
+        return None
     if not all(is_plain(branch, SeparableConv) and branch._folds(x) for branch in branches):
         return None
     kinds = {(b.depthwise.stride, b.depthwise_norm is None, b._inner(), b.activation) for b in branches}

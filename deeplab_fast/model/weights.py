@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..errors import UserError
 from . import mobilenet, tensorflow, timm_encoder, xception
 from .deeplab import DeepLab
+from .norm import FrozenBatchNorm2d
 
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-weights/"
 # torchvision's IMAGENET1K_V1 files, and TensorFlow's Xceptions as timm converted them; the last part of a name is the
@@ -88,9 +89,10 @@ def load_matching(model: DeepLab, state_dict: Mapping[str, Tensor]) -> list[str]
     """Load a DeepLab's state_dict, all but classifiers of another number of classes.
 
     Returns the names of those that were left out; an auxiliary head that only one of the two has is, too. Every other
-    difference raises UserError.
+    difference raises UserError, and so do folded norms (see `importers.tflite_deeplab`) for a model that would train.
     """
     own, state = model.state_dict(), dict(state_dict)
+    _check_statistics(model, state)
     with_head = [any(k.startswith("auxiliary.") for k in keys) for keys in (own, state)]
     if with_head == [False, True]:
         state = {k: v for k, v in state.items() if not k.startswith("auxiliary.")}
@@ -100,6 +102,19 @@ def load_matching(model: DeepLab, state_dict: Mapping[str, Tensor]) -> list[str]
     other = [k for k in names if k in state and state[k].shape[1:] == own[k].shape[1:] and len(state[k]) != len(own[k])]
     _load(model, {k: own[k] if k in other else v for k, v in state.items()}, "the saved weights")
     return other
+
+
+def _check_statistics(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """A mean of 0 and a variance of 1 less the epsilon, to the bit, are no statistics: a batch's would differ."""
+    for name, norm in model.named_modules():
+        if not isinstance(norm, nn.modules.batchnorm._NormBase) or isinstance(norm, FrozenBatchNorm2d):
+            continue
+        mean, var = (state.get(f"{name}.running_{item}") for item in ("mean", "var"))
+        if mean is not None and var is not None and not mean.any() and bool((var == 1 - norm.eps).all()):
+            raise UserError(
+                f"the saved weights have their batch norms folded into the convolutions and their statistics lost "
+                f"({name}), as a .tflite file does: expected norm frozen_batch"
+            )
 
 
 def read_file(path: str | Path) -> Any:

@@ -149,6 +149,8 @@ _has_kernel._dynamo_marked_constant = True
 def _leaves_reference(name: str, device: str, dtype: torch.dtype) -> bool:
     def cast(value: Any) -> Any:
         """What is per channel stays fp32."""
+        if isinstance(value, (list, tuple)):
+            return [cast(item) for item in value]
         floating = isinstance(value, Tensor) and value.is_floating_point()
         return value.to(dtype if value.dim() > 1 else torch.float32) if floating else value
 

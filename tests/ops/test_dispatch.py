@@ -95,6 +95,17 @@ def test_without_the_extension_auto_runs_the_reference(monkeypatch):
         confusion_matrix(LABELS, LABELS, 2, backend="native")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_an_op_of_lists_has_the_kernels_of_the_op_of_one(dtype):
+    """A list of weights is cast as a weight is."""
+    x = torch.zeros(1, 2, 3, 3, dtype=dtype)
+    with dispatch.requesting(""):
+        one, many = (dispatch.has_kernel(name, x) for name in ("separable_conv", "separable_conv_concat"))
+    assert one == many
+    with dispatch.requesting("separable_conv_concat=reference"):
+        assert not dispatch.has_kernel("separable_conv_concat", x)
+
+
 def test_native_is_chosen_on_the_cpu_where_it_is_built():
     if native.load() is None:
         pytest.skip("deeplab_fast._C is not built")

@@ -68,7 +68,11 @@ class Walk:
             )
         if kernel > 1:
             self._check_padding(operator, self.shape(tensor), output.name)
+        elif stride(operator) != 1:
+            raise UserError(f"{output.name} is a 1x1 convolution with a stride; {EXPECTED}")
         bias = self._values(operator, 2) if max(operator.inputs[2:], default=-1) >= 0 else torch.zeros(len(weight))
+        if bias.shape != (len(weight),):
+            raise UserError(f"{output.name} has a bias of {tuple(bias.shape)}, expected {(len(weight),)}")
         self.state[f"{conv}.weight"] = weight
         self.state |= {f"{conv}.bias": bias} if norm is None else folded(bias, norm)
         return operator

@@ -37,7 +37,7 @@ class Array:
     shape: tuple[int, ...]
     type: str
     """FLOAT32, INT8, ..."""
-    data: bytes
+    data: bytes | memoryview
     scales: tuple[float, ...]
     """of a quantised tensor, one or one for each index of `axis`"""
     zero_points: tuple[int, ...]
@@ -123,14 +123,18 @@ def _parse(tflite: ModuleType, content: bytes) -> Graph:
             f"its graph has {graph.InputsLength()} inputs and {graph.OutputsLength()} outputs, expected one of each"
         )
     tensors = [_tensor(tflite, model, graph.Tensors(i)) for i in range(graph.TensorsLength())]
-    operators = []
+    operators, seen = [], set()
     for i in range(graph.OperatorsLength()):
         operator = _operator(tflite, model, graph.Operators(i), len(tensors))
+        seen.update(operator.inputs)
+        if operator.output in seen:  # else who follows the graph may come by again
+            raise ValueError(f"an operator {operator.kind} writes what was there before it")
+        seen.add(operator.output)
         if operator.kind == "DEQUANTIZE" and tensors[operator.inputs[0]].data:
             tensors[operator.output] = tensors[operator.inputs[0]]  # weights in half precision
         else:
             operators.append(operator)
-    if max(graph.Inputs(0), graph.Outputs(0)) >= len(tensors):
+    if not all(0 <= i < len(tensors) for i in (graph.Inputs(0), graph.Outputs(0))):
         raise ValueError("its input or output is no tensor")
     return Graph(tensors, operators, graph.Inputs(0), graph.Outputs(0))
 
@@ -139,15 +143,18 @@ def _tensor(tflite: ModuleType, model: Any, tensor: Any) -> Array:
     shape = tuple(tensor.Shape(i) for i in range(tensor.ShapeLength()))
     kind = _name_of(tflite.TensorType, tensor.Type())
     buffer = model.Buffers(tensor.Buffer())
-    data = buffer.DataAsNumpy().tobytes() if buffer.DataLength() else b""
+    # No copy: any number of tensors may name one buffer.
+    data = memoryview(buffer.DataAsNumpy()) if buffer.DataLength() else b""
     if data and kind in TYPES and len(data) != math.prod(shape) * np.dtype(TYPES[kind]).itemsize:
         raise ValueError(f"{len(data)} bytes for a {kind} tensor of {shape}")
+    if data and min(shape, default=0) < 0:
+        raise ValueError(f"a tensor of {shape}")
     scales, zeros, axis = (), (), 0
     if (quantisation := tensor.Quantization()) is not None and quantisation.ScaleLength():
         scales = tuple(quantisation.Scale(i) for i in range(quantisation.ScaleLength()))
         zeros = tuple(quantisation.ZeroPoint(i) for i in range(quantisation.ZeroPointLength())) or (0,) * len(scales)
         axis = quantisation.QuantizedDimension()
-        if len(zeros) != len(scales) or (len(scales) > 1 and len(scales) != shape[axis]):
+        if len(zeros) != len(scales) or (len(scales) > 1 and (axis < 0 or len(scales) != shape[axis])):
             raise ValueError(f"{len(scales)} scales and {len(zeros)} zero points for a tensor of {shape}")
     return Array((tensor.Name() or b"").decode(), shape, kind, data, scales, zeros, axis)
 

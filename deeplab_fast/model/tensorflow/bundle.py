@@ -36,6 +36,7 @@ DTYPES = {
     14: torch.bfloat16,
     19: torch.float16,
 }
+MOST_DIMENSIONS = 254  # of TensorFlow's TensorShape
 INDEX = ".index"
 SHARD = re.compile(r"(.+)\.data-\d{5}-of-\d{5}")
 
@@ -70,7 +71,7 @@ class Bundle:
 
         UserError for a variable that is partitioned, and for a shard that is missing, too short or damaged.
         """
-        variables, files = {}, {}
+        variables, files, taken = {}, {}, dict.fromkeys(self.shards, 0)
         with contextlib.ExitStack() as opened:
             for name in names:
                 entry = self.entries[name]
@@ -82,7 +83,8 @@ class Bundle:
                 shard = self.shards[entry.shard]
                 if shard not in files:
                     files[shard] = opened.enter_context(self.open(shard))
-                variables[name] = _tensor(files[shard], shard, name, entry)
+                taken[shard] += entry.size
+                variables[name] = _tensor(files[shard], shard, name, entry, taken[shard])
         return variables
 
 
@@ -128,7 +130,12 @@ def _from_archive(path: Path) -> Bundle | None:
             names, contents = [], {}
             for member in archive:
                 names.append(member.name)
-                if member.isfile() and (member.name.endswith(INDEX) or SHARD.fullmatch(member.name)):
+                # A sparse file may be of any size in an archive of none.
+                if (
+                    member.isfile()
+                    and not member.issparse()
+                    and (member.name.endswith(INDEX) or SHARD.fullmatch(member.name))
+                ):
                     contents[member.name] = archive.extractfile(member).read()
     except tarfile.ReadError as error:
         if path.suffix == ".tar" or "not a gzip file" in str(error):
@@ -176,7 +183,8 @@ def _bundle(prefix: str, open_: Callable[[str], BinaryIO], shown: str = "") -> B
     return Bundle(shown + prefix, entries, shards, opened)
 
 
-def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
+def _tensor(file: BinaryIO, path: str, name: str, entry: Entry, taken: int) -> Tensor:
+    """taken: bytes of the shard's variables up to this one; more than it has would be memory without end."""
     wanted = math.prod(entry.shape) * entry.dtype.itemsize
     if entry.size != wanted:
         raise UserError(f"{path}: {name} of {entry.shape} has {entry.size} bytes, expected {wanted}")
@@ -185,12 +193,16 @@ def _tensor(file: BinaryIO, path: str, name: str, entry: Entry) -> Tensor:
         raise UserError(
             f"{path}: has {length} bytes, {name} ends at {entry.offset + entry.size}: expected the whole shard"
         )
+    if taken > length:
+        raise UserError(f"{path}: has {length} bytes, its variables up to {name} {taken}: expected none that overlap")
     file.seek(entry.offset)
     data = bytearray(entry.size)
     file.readinto(data)
     if crc32c(data) != unmasked(entry.checksum):
         raise UserError(f"{path}: {name} has another checksum than was written with it: the file is damaged")
-    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape) if data else torch.empty(entry.shape)
+    if not data:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    return torch.frombuffer(data, dtype=entry.dtype).reshape(entry.shape)
 
 
 def _header(message: bytes | None) -> int:
@@ -213,6 +225,8 @@ def _entry(message: bytes) -> Entry:
     for number, value in _fields(_typed(fields, 2, bytes)):
         if number == 2 and isinstance(value, bytes):
             shape.append(_typed(dict(_fields(value)), 1, int))
+    if len(shape) > MOST_DIMENSIONS or math.prod(filter(None, shape)) >= 1 << 63:
+        raise Broken(f"has a variable of {len(shape)} dimensions, {max(shape)} the largest")
     return Entry(
         dtype=DTYPES.get(_typed(fields, 1, int)),
         shape=tuple(shape),

@@ -99,7 +99,8 @@ def unsnap(data: bytes) -> bytes:
             if not 0 < number <= len(out):
                 raise Broken("has a Snappy copy from before its beginning")
             # The copy may run into what it writes.
-            chunk = out[-number:][:length]
+            begin = len(out) - number
+            chunk = out[begin : begin + length]
             out += (chunk * -(-length // len(chunk)))[:length]
         if at > len(data) or len(out) > size:
             raise Broken("has a Snappy block of another size than it says")
