@@ -294,8 +294,8 @@ confirmed yet.
 
 {machine}, two cores. MobileNetV2, crops of 128 x 256, fp32, one thread a process, gloo; loading is
 left out. The bytes of the gradients are counted where they leave, and equal the model's parameters. With norms of their
-own two processes train {own:.2f} times the images of one in the same time. A collective costs {collective:.1f} ms here, whatever
-its size, and with one for each norm each way they train {shared:.2f} times the images: on one CPU, use threads.
+own two processes train {own:.2f} times the images of one in the same time. A collective costs {collective:.1f} ms here,
+and with one for each norm each way they train {shared:.2f} times the images: on one CPU, use threads.
 
 {measured}
 
