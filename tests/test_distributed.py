@@ -164,6 +164,8 @@ def test_synchronised_norms_are_those_of_one_process(tmp_path):
         assert apart <= 1e-3 * moved + 1e-5 * value.double().norm(), key
     assert parse_train(["--resume", str(tmp_path / "1")])[0].config.model.norm == "batch"
     assert parse_train(["--resume", str(tmp_path / "1")], Processes(0, 2))[0].config.model.norm == "sync_batch"
+    own = ["--resume", str(tmp_path / "1"), "--norm", "batch"]
+    assert parse_train(own, Processes(0, 2))[0].config.model.norm == "batch"
 
 
 def test_own_statistics_are_validated_as_they_are_saved(tmp_path):
@@ -252,6 +254,28 @@ def test_an_output_that_the_main_process_cannot_write(tmp_path):
     (tmp_path / "taken").write_text("")
     _, err = run(2, "train", *TINY, "--steps", "1", "--output", tmp_path / "taken", fails=True)
     assert err.count("taken is a file; expected a folder") == err.count("error: ") == 1, err
+
+
+def test_a_mistake_after_the_others_last_message_is_told_once(tmp_path):
+    """The main process writes alone at the end, such as --json on a full disk."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time\n"
+        "from deeplab_fast.cli import run_command\n"
+        "from deeplab_fast.distributed import start\n"
+        "from deeplab_fast.errors import UserError\n"
+        "def main(processes):\n"
+        "    processes.any(False)\n"
+        "    if processes.is_main:\n"
+        "        time.sleep(1)  # the other is leaving\n"
+        "        raise UserError('the disk is full')\n"
+        "    return 0\n"
+        "run_command(main, start)\n"
+    )
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("error: the disk is full") == 1, done.stderr
+    assert "deeplab_fast/cli.py" not in done.stderr  # no traceback of ours
 
 
 @pytest.fixture
