@@ -168,6 +168,33 @@ def test_synchronised_norms_are_those_of_one_process(tmp_path):
     assert parse_train(own, Processes(0, 2))[0].config.model.norm == "batch"
 
 
+FAKE_TIMM = """
+from torch import nn
+class Encoder(nn.Module):
+    feature_info = type("Info", (), {"reduction": lambda self: [4, 32], "channels": lambda self: [8, 8]})()
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 8, 8)
+        self.unused = nn.Conv2d(8, 8, 1)  # a feature that no head reads
+    def forward(self, x):
+        low = self.first(x)
+        self.unused(low)
+        return [low, self.last(low)]
+def create_model(name, **options):
+    return Encoder()
+"""
+
+
+def test_an_encoder_with_features_that_nobody_reads(tmp_path, monkeypatch):
+    """As timm's HRNet: some parameters get no gradient."""
+    (tmp_path / "timm.py").write_text(FAKE_TIMM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    flags = (*NORMS, "--backbone", "timm:fake", "--output-stride", "32", "--weights", "None", "--accumulate", "2")
+    _, err = run(2, "train", *flags, "--steps", "3", "--output", tmp_path / "run")
+    assert "Warning" not in err
+    assert len(lines(tmp_path / "run")) == 4  # and the validation
+
+
 def test_own_statistics_are_validated_as_they_are_saved(tmp_path):
     """--norm batch: all score with the running statistics of the main process, which are in the file."""
     flags = (*NORMS, "--norm", "batch", "--ema-decay", "0.5", "--lr", "0.02", "--recompute", "--batch-size", "8")
