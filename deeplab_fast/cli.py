@@ -77,7 +77,7 @@ def parse_train(argv: Sequence[str] | None, processes: Processes = ALONE) -> tup
         )
     if resume is not None:
         resumed, config = _read_run(Path(resume))
-        if resumed["training"].get("processes", 1) == 1:
+        if resumed["training"].get("processes", 1) == 1 and _value_of(argv, "--norm") != "batch":
             config = _synchronise(config, processes)
     else:
         name = preset or _value_of(argv, "--data") or "scenes"
@@ -203,7 +203,8 @@ def run_command(main: Callable[..., int], start: Callable[[], Processes] | None 
         else:
             processes = start()
             with _silence(processes):
-                status = main(processes=processes)
+                status = _status(main, processes)
+        processes.close()  # here, as another may fail after this one's last message
     except UserError as error:
         status = _fail(processes, 2, f"error: {error}")
     except KeyboardInterrupt:
@@ -212,11 +213,15 @@ def run_command(main: Callable[..., int], start: Callable[[], Processes] | None 
         if processes.size == 1:
             raise
         _end_job(processes, error)
-    except SystemExit:  # all of them
-        processes.close()
-        raise
-    processes.close()
     sys.exit(status)
+
+
+def _status(main: Callable[..., int], processes: Processes) -> int | str | None:
+    """What main returns or exits with: all processes do so together."""
+    try:
+        return main(processes=processes)
+    except SystemExit as done:
+        return done.code
 
 
 def _silence(processes: Processes) -> contextlib.AbstractContextManager:

@@ -41,7 +41,7 @@ class DataConfig:
     scene_val_count: int = 100
     """scenes only: held-out scenes"""
     workers: int | None = None
-    """loader processes; None: one a core, 8 at most, 0 where there is one core"""
+    """loader processes of each process; None: one a core of its share, 8 at most, 0 where there is one core"""
     check: bool = True
     """read every mask's header and values before training starts, and name all that is wrong"""
 

@@ -124,17 +124,20 @@ class Processes:
         self.any(False)
         return value if self.local_rank == 0 else read()
 
-    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+    def wrap(self, model: nn.Module, device: torch.device, *, unused: bool = False) -> nn.Module:
         """The model whose backward pass leaves the mean of all processes' gradients in its parameters, from the main
-        process's weights on. Buffers stay each process's own."""
+        process's weights on. Buffers stay each process's own. unused: some parameters may take no part in the loss,
+        which costs a walk over the graph in every step."""
         if self.size == 1:
             return model
         from torch.nn.parallel import DistributedDataParallel
 
         # A depthwise weight's gradient has strides of its own for a dimension of 1; the memory is the same.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+        warnings.filterwarnings("ignore", "find_unused_parameters=True was specified")
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         options = {"forward_sync_buffers" if renamed else "broadcast_buffers": False, "gradient_as_bucket_view": True}
+        options["find_unused_parameters"] = unused
         return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None, **options)
 
     def first_to_fail(self) -> bool:

@@ -62,7 +62,7 @@ class EvaluateCommand:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device has it, fp16 on older GPUs, else fp32"""
     workers: int | None = None
-    """loader processes; None: one a core, 8 at most, 0 where there is one core"""
+    """loader processes of each process; None: one a core of its share, 8 at most, 0 where there is one core"""
     window: tuple[int, int] = (0, 0)
     """height and width of overlapping windows; 0 0: whole images, 1024 x 1024 above 2048 x 2048 pixels"""
     overlap: float = DEFAULT_OVERLAP

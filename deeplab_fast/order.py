@@ -15,8 +15,8 @@ def largest_of_all(values: Tensor, share: float, processes: Processes) -> Tensor
     """fp32 (): the smallest of the largest `share` of all processes' values; infinite where that is none of them.
 
     values: fp32 of any shape, of any number in each process; a NaN counts as infinite. Exact, by three histograms of
-    2,048 bins over the digits of the values' bit patterns, summed over the processes: three messages of 16 KiB, and no
-    host synchronisation.
+    2,048 bins over the digits of the values' bit patterns, summed over the processes: three messages of at most 16 KiB,
+    and no host synchronisation.
     """
     bits = values.flatten().nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).view(torch.int32).long()
     keys = _flipped(bits) + 2**31  # in the order of the values

@@ -20,6 +20,7 @@ from .distributed import ALONE, Processes
 from .errors import UserError
 from .model import load_backbone_weights, load_matching
 from .model.importers import identify, load_weights
+from .model.timm_encoder import TimmEncoder
 from .model.weights import is_local
 from .schedule import WeightAverage, build_optimizer, lr_factor
 
@@ -60,7 +61,9 @@ class Training:
         if config.run.compile and self.device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             raise UserError("--compile: torch.compile needs a C++ compiler on a CPU, and none was found")
         forward = torch.compile(self.model) if config.run.compile else self.model
-        self.forward = self.processes.wrap(forward, self.device)
+        # Encoders of timm may make features that no head reads, such as HRNet's.
+        unused = isinstance(self.model.backbone, TimmEncoder)
+        self.forward = self.processes.wrap(forward, self.device, unused=unused)
 
     def _restore(self, resumed: dict[str, Any]) -> None:
         state = resumed["training"]

@@ -164,6 +164,35 @@ def test_synchronised_norms_are_those_of_one_process(tmp_path):
         assert apart <= 1e-3 * moved + 1e-5 * value.double().norm(), key
     assert parse_train(["--resume", str(tmp_path / "1")])[0].config.model.norm == "batch"
     assert parse_train(["--resume", str(tmp_path / "1")], Processes(0, 2))[0].config.model.norm == "sync_batch"
+    own = ["--resume", str(tmp_path / "1"), "--norm", "batch"]
+    assert parse_train(own, Processes(0, 2))[0].config.model.norm == "batch"
+
+
+FAKE_TIMM = """
+from torch import nn
+class Encoder(nn.Module):
+    feature_info = type("Info", (), {"reduction": lambda self: [4, 32], "channels": lambda self: [8, 8]})()
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 8, 8, 8)
+        self.unused = nn.Conv2d(8, 8, 1)  # a feature that no head reads
+    def forward(self, x):
+        low = self.first(x)
+        self.unused(low)
+        return [low, self.last(low)]
+def create_model(name, **options):
+    return Encoder()
+"""
+
+
+def test_an_encoder_with_features_that_nobody_reads(tmp_path, monkeypatch):
+    """As timm's HRNet: some parameters get no gradient."""
+    (tmp_path / "timm.py").write_text(FAKE_TIMM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    flags = (*NORMS, "--backbone", "timm:fake", "--output-stride", "32", "--weights", "None", "--accumulate", "2")
+    _, err = run(2, "train", *flags, "--steps", "3", "--output", tmp_path / "run")
+    assert "Warning" not in err
+    assert len(lines(tmp_path / "run")) == 4  # and the validation
 
 
 def test_own_statistics_are_validated_as_they_are_saved(tmp_path):
@@ -252,6 +281,28 @@ def test_an_output_that_the_main_process_cannot_write(tmp_path):
     (tmp_path / "taken").write_text("")
     _, err = run(2, "train", *TINY, "--steps", "1", "--output", tmp_path / "taken", fails=True)
     assert err.count("taken is a file; expected a folder") == err.count("error: ") == 1, err
+
+
+def test_a_mistake_after_the_others_last_message_is_told_once(tmp_path):
+    """The main process writes alone at the end, such as --json on a full disk."""
+    script = tmp_path / "late.py"
+    script.write_text(
+        "import time\n"
+        "from deeplab_fast.cli import run_command\n"
+        "from deeplab_fast.distributed import start\n"
+        "from deeplab_fast.errors import UserError\n"
+        "def main(processes):\n"
+        "    processes.any(False)\n"
+        "    if processes.is_main:\n"
+        "        time.sleep(1)  # the other is leaving\n"
+        "        raise UserError('the disk is full')\n"
+        "    return 0\n"
+        "run_command(main, start)\n"
+    )
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and done.stderr.count("error: the disk is full") == 1, done.stderr
+    assert "deeplab_fast/cli.py" not in done.stderr  # no traceback of ours
 
 
 @pytest.fixture
