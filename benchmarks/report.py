@@ -25,6 +25,8 @@ COLUMNS = {
     "F.pad": "pad",
     "torch.compile": "compile",
     "this op in plain torch": "reference",
+    "kthvalue": "kthvalue",
+    "our ops one by one": "one_by_one",
     "autocast": "autocast",
     "max-autotune": "compile_max",
     "ours in Triton": "triton",
