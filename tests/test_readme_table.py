@@ -24,6 +24,7 @@ from deeplab_fast.convert import ConvertCommand
 from deeplab_fast.data.folder import _FIELDS
 from deeplab_fast.errors import UserError
 from deeplab_fast.evaluate import EvaluateCommand
+from deeplab_fast.export import ExportCommand
 from deeplab_fast.predict import PredictCommand
 from deeplab_fast.statistics import StatisticsCommand
 
@@ -41,6 +42,7 @@ COMMANDS: dict[str, tuple[type, list[str]]] = {  # with what each cannot do with
     "predict": (PredictCommand, ["model.pt", "photo.jpg", "--output", "out"]),
     "convert": (ConvertCommand, ["model.pth", "--output", "model.pt"]),
     "statistics": (StatisticsCommand, []),
+    "export": (ExportCommand, ["model.pt", "--output", "model.onnx"]),
 }
 LAUNCHER = re.compile(r"torchrun --nproc_per_node=\d+ -m deeplab_fast\.")
 

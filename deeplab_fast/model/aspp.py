@@ -54,7 +54,9 @@ class ASPP(nn.Module):
         if y is not None:
             return y
         features = [one, *(branch(x) for branch in others)]
-        if pooled is not None:
+        if pooled is not None and torch.compiler.is_exporting():
+            features.append(pooled.expand_as(one))  # ONNX's copy does not broadcast
+        elif pooled is not None:
             # In the layout of the branches beside it: torch.cat turns a mixture of layouts into NCHW.
             features.append(torch.empty_like(one).copy_(pooled))
         return torch.cat(features, dim=1)

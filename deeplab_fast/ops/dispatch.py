@@ -92,13 +92,15 @@ def run(name: str, *inputs: Any, backend: str = "auto") -> Any:
     """What public functions call once they have checked their arguments.
 
     Where an eager call goes to the reference, torch records its steps and differentiates them: the op's own gradient
-    would have to compute them again. A compiled or exported graph holds the op, unless the device has no kernel for it
-    at all: then the compiler sees the reference's steps.
+    would have to compute them again. A compiled graph holds the op, unless the device has no kernel for it at all: then
+    the compiler sees the reference's steps. So does an exported one where the reference was asked for.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_exporting():
+        if backend == "auto" and requested().get(name) == "reference":
+            return OPS[name].backends["reference"].run(*inputs)
+    elif torch.compiler.is_compiling():
         tensor = next(x for x in inputs if isinstance(x, Tensor))
-        inline = backend == "auto" and not torch.compiler.is_exporting()
-        if inline and not _has_kernel(name, str(tensor.device), torch.float32):
+        if backend == "auto" and not _has_kernel(name, str(tensor.device), torch.float32):
             return OPS[name].backends["reference"].run(*inputs)
     elif choose(name, list(inputs), backend) == "reference":
         _last[name] = "reference"
