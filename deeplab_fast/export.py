@@ -165,22 +165,22 @@ def check_output(path: Path) -> None:
             )
     if not path.exists():
         return
-    if path.is_dir() or KEY not in _said_by(path):
+    if path.is_dir() or not _is_own(path):
         raise UserError(f"--output {path} exists and is not a file of this command; choose another name")
 
 
-def _said_by(path: Path) -> str:
-    """What a file says of itself, or nothing."""
+def _is_own(path: Path) -> bool:
+    """Whether this command wrote the file, by the JSON that it leaves in it."""
     if path.suffix == ".pt2":
         with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
-            return " ".join(archive.namelist())
-        return ""
+            return f"archive/extra/{KEY}" in archive.namelist()
+        return False
     import onnx
+    from google.protobuf.message import DecodeError  # a part of onnx
 
-    try:
-        return " ".join(item.key for item in onnx.load(path, load_external_data=False).metadata_props)
-    except Exception:  # protobuf's own, by its version
-        return ""
+    with contextlib.suppress(DecodeError):
+        return any(item.key == KEY for item in onnx.load(path, load_external_data=False).metadata_props)
+    return False
 
 
 @contextlib.contextmanager

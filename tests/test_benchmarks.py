@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -207,6 +208,22 @@ def test_the_summary_names_what_was_not_tested():
         "  2 cuda: no device: a, b",
     ]
     assert backend_summary(skipped[3:]) == ""
+
+
+def test_the_readme_has_the_figures_of_the_threshold_and_the_concatenation():
+    record = json.loads((ratios.RESULTS / "amd_epyc_threshold_and_concat.json").read_text())["results"]
+    readme = " ".join((ratios.FOLDER.parent / "README.md").read_text().split())
+
+    def span(op: str, variant: str) -> tuple[float, float]:
+        found = [row[variant]["ratio"] for shape, row in record.items() if shape.startswith(op) and variant in row]
+        assert len(found) == 4
+        return min(found), max(found)
+
+    (low, high), (low_k, high_k) = span("kth_largest", "reference"), span("kth_largest", "kthvalue")
+    said = f"`torch.topk` {low:.0f} to {high:.0f} times and `kthvalue` {math.floor(low_k)} to {math.ceil(high_k)} times"
+    assert said in readme
+    low, high = span("separable_conv_concat", "one_by_one")
+    assert f"{low:.2f} to {high:.1f} times as fast as branch by branch" in readme
 
 
 def test_the_cost_of_several_processes_is_what_the_model_says():

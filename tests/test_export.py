@@ -122,6 +122,11 @@ def test_mistakes_are_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="exists and is not a file of this command"):
             run(source, "--output", tmp_path / name)
         assert (tmp_path / name).read_bytes() == b"a photo"
+    other = tmp_path / "deeplab_fast.pt2"
+    torch.save({"x": torch.zeros(1)}, other)  # a zip whose entries begin with the file's name
+    with pytest.raises(UserError, match="exists and is not a file of this command"):
+        run(source, "--output", other)
+    assert torch.load(other)["x"].numel() == 1
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"the package onnx is missing: pip install -e '.\[onnx\]'"):
         run(source, "--output", tmp_path / "model.onnx")

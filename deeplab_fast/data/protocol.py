@@ -11,7 +11,21 @@ from .labels import IGNORE
 CROP = 513
 
 
-class CentreCrop(Dataset):
+class _Reframed(Dataset):
+    """The images of another data set, each seen in another frame."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.name, self.split, self.classes = dataset.name, dataset.split, dataset.classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def stem(self, index: int) -> str:
+        return self.dataset.stem(index)
+
+
+class CentreCrop(_Reframed):
     """Image and mask of `dataset` with the shorter side scaled to `size` pixels, and of that the square in the middle.
 
     The protocol behind the figures of jfzhang95/pytorch-deeplab-xception, HaoranYao/DD2424-Project,
@@ -20,14 +34,8 @@ class CentreCrop(Dataset):
     """
 
     def __init__(self, dataset: Dataset, size: int = CROP) -> None:
-        self.dataset, self.size = dataset, size
-        self.name, self.split, self.classes = dataset.name, dataset.split, dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def stem(self, index: int) -> str:
-        return self.dataset.stem(index)
+        super().__init__(dataset)
+        self.size = size
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         image, mask = self.dataset.load(index)
@@ -42,7 +50,7 @@ class CentreCrop(Dataset):
         return np.array(resized.crop((left, top, left + self.size, top + self.size)))
 
 
-class Padded(Dataset):
+class Padded(_Reframed):
     """Image and mask of `dataset`, below and to the right of them `colour` and IGNORE: sides of 16 k + 1, 513 at least.
 
     The protocol behind the figures of tensorflow/models (research/deeplab; VOC 513 x 513, Cityscapes 2049 x 1025) and
@@ -51,14 +59,8 @@ class Padded(Dataset):
     """
 
     def __init__(self, dataset: Dataset, colour: tuple[int, int, int], least: int = CROP) -> None:
-        self.dataset, self.colour, self.least = dataset, colour, least
-        self.name, self.split, self.classes = dataset.name, dataset.split, dataset.classes
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def stem(self, index: int) -> str:
-        return self.dataset.stem(index)
+        super().__init__(dataset)
+        self.colour, self.least = colour, least
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
         image, mask = self.dataset.load(index)

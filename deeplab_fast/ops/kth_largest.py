@@ -62,8 +62,8 @@ def _native(x: Tensor, k: int) -> Tensor:
     return value
 
 
-# AMD EPYC (AVX-512), 2 threads, 8 x 512 x 1024 losses, k of a sixteenth to a quarter: native 4.6 to 6.6 ms, topk 30 to
-# 55, kthvalue 39 to 55.
+# AMD EPYC (AVX-512), 2 threads, 8 x 512 x 1024 losses, k of a sixteenth to a quarter: topk takes 15 to 21 times as
+# long, kthvalue 11 to 14 (benchmarks/results/amd_epyc_threshold_and_concat.md).
 # The CUDA kernel runs in an emulator (tests/test_cuda_emulator.py) and has not been timed on a GPU.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),

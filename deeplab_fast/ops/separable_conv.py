@@ -355,8 +355,8 @@ BACKENDS = {
     "triton": dispatch.Backend(functools.partial(_alone, _triton_into), _triton_why_not, measured=()),
     "reference": dispatch.Backend(separable_conv_reference, dispatch.always, measured=("cpu", "cuda")),
 }
-# All of ASPP's branches at 32 x 64, same CPU: 1.03 (bf16) and 1.08 (fp32) times as fast as torch.cat of them for 320
-# channels, 1.02 for 2048.
+# All of ASPP's branches at 32 x 64, same CPU: 0.99 to 1.1 times as fast as torch.cat of them, the products being what
+# takes the time (benchmarks/results/amd_epyc_threshold_and_concat.md).
 CONCAT_BACKENDS = {
     "native": dispatch.Backend(
         functools.partial(_concat, _native_into),
