@@ -213,15 +213,19 @@ def run_command(main: Callable[..., int], start: Callable[[], Processes] | None 
         if processes.size == 1:
             raise
         _end_job(processes, error)
+    if processes.size > 1:
+        processes.leave(status)
     sys.exit(status)
 
 
-def _status(main: Callable[..., int], processes: Processes) -> int | str | None:
+def _status(main: Callable[..., int], processes: Processes) -> int:
     """What main returns or exits with: all processes do so together."""
     try:
         return main(processes=processes)
     except SystemExit as done:
-        return done.code
+        if isinstance(done.code, str):
+            raise UserError(done.code) from None
+        return done.code or 0
 
 
 def _silence(processes: Processes) -> contextlib.AbstractContextManager:

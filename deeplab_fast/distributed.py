@@ -6,13 +6,14 @@ process waits for its GPU in order to talk.
 
 from __future__ import annotations
 
+import atexit
 import inspect
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -155,7 +156,16 @@ class Processes:
             self.any(False)  # nobody leaves while another still has something to say
             torch.distributed.destroy_process_group()
 
-    def abandon(self, status: int) -> None:
+    def leave(self, status: int) -> NoReturn:
+        """Ends this process after `close`, without taking the interpreter down.
+
+        DistributedDataParallel keeps gloo's threads alive, and one that lets go of a tensor while the interpreter is
+        being finalised aborts the process (pytorch/pytorch#190489): once in a few dozen jobs on busy cores.
+        """
+        atexit._run_exitfuncs()
+        self.abandon(status)
+
+    def abandon(self, status: int) -> NoReturn:
         """Ends this process at once: the others notice, and nothing here waits for them."""
         for stream in (sys.stdout, sys.stderr):
             stream.flush()

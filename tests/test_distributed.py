@@ -305,6 +305,30 @@ def test_a_mistake_after_the_others_last_message_is_told_once(tmp_path):
     assert "deeplab_fast/cli.py" not in done.stderr  # no traceback of ours
 
 
+def test_the_interpreter_of_one_of_several_is_not_taken_down(tmp_path):
+    """Where gloo's threads outlive their group that aborts now and then. What is registered for the exit still runs."""
+    script = tmp_path / "leave.py"
+    script.write_text(
+        "import atexit, os\n"
+        "from deeplab_fast.cli import run_command\n"
+        "from deeplab_fast.distributed import start\n"
+        "def say(text, write=os.write):\n"
+        "    write(1, text + b'\\n')\n"
+        "class Finalised:\n"
+        "    def __del__(self, say=say):\n"
+        "        say(b'finalised')\n"
+        "finalised = Finalised()\n"
+        "atexit.register(say, b'exits')\n"
+        "run_command(lambda processes: int(os.environ.get('WORLD_SIZE', 3)), start)\n"
+    )
+    alone = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (alone.returncode, alone.stdout.split("\n")) == (3, ["exits", "finalised", ""]), alone.stderr
+    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["exits", "exits"], done.stderr
+    assert re.search(r"exitcode\s*: 2 ", done.stderr), done.stderr
+
+
 @pytest.fixture
 def running(tmp_path):
     """A job of two that would go on for long, at its third step or later."""
