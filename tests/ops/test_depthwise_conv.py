@@ -97,7 +97,8 @@ def check_statistics(x: Tensor, weight: Tensor, backend: str, stride: int = 1, d
 @in_each_dtype
 @pytest.mark.parametrize("kernel, stride, dilation", GEOMETRIES)
 def test_matches_reference(backend, device, dtype, kernel, stride, dilation):
-    for shape in SHAPES:
+    interpreted = backend == "triton" and torch.device(device).type == "cpu"  # by one thread, and slowly
+    for shape in SHAPES[:-1] if interpreted else SHAPES:
         given = [t.to(device) for t in tensors(shape, kernel, dtype)]
         y = check(given, backend, stride, dilation, "relu")
         assert y.shape == (*shape[:2], -(-shape[2] // stride), -(-shape[3] // stride)) and is_packed(y)
