@@ -8,9 +8,8 @@
 // whole numbers and their sum is exact: no fp64, of which many chips have little. Pixels are summed in fp32.
 //
 // Bytes: the window's part of the source, 3 or 1 a pixel, and the result. 769 x 769 pixels at scale 1 are 3.6
-// MB, a microsecond of a large chip's memory: what should bind is the launch and, in each of the few blocks
-// that a multiprocessor gets, one reading of the source's rows after another. Where the image shrinks, the
-// loads of single bytes should: 3 for each tap across, of which there are 2 reach for each source row.
+// MB, a microsecond of a large chip's memory; what should bind is instructions, by the code for sm_90 some
+// 350 a pixel there, and where the image shrinks the 3 loads of a byte for each of the 2 reach taps across.
 
 #include <stdexcept>
 
