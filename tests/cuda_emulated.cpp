@@ -99,6 +99,25 @@ void planned(const void* x, int type, const int64_t* geometry, int rates, void* 
                               plan.vectors, plan.columns, plan.tiling[0].tile_rows};
     std::memcpy(out, values, sizeof(values));
 }
+#elif ENTRY == 6
+namespace {
+CropArgs crop_args(const uint8_t* source, int64_t row_stride, const int64_t* size, const int64_t* scaled,
+                   const int64_t* window, int flip, const uint8_t* pad, uint8_t* out) {
+    return {source,    row_stride, size[0],   size[1],   scaled[0], scaled[1],                window[0],
+            window[1], window[2],  window[3], flip != 0, {pad[0], pad[1], pad[2]}, out};
+}
+}  // namespace
+
+const char* augment_image(const uint8_t* source, int64_t row_stride, const int64_t* size, const int64_t* scaled,
+                          const int64_t* window, int flip, const uint8_t* pad, uint8_t* out, void* stream) {
+    const CropArgs args = crop_args(source, row_stride, size, scaled, window, flip, pad, out);
+    return reporting([&] { cuda::augment_image(args, device, stream); });
+}
+const char* augment_image_mask(const uint8_t* source, int64_t row_stride, const int64_t* size, const int64_t* scaled,
+                               const int64_t* window, int flip, const uint8_t* pad, uint8_t* out, void* stream) {
+    const CropArgs args = crop_args(source, row_stride, size, scaled, window, flip, pad, out);
+    return reporting([&] { cuda::augment_image_mask(args, device, stream); });
+}
 #else
 namespace {
 // geometry: batch, classes, height, width; four steps; height and width of the result

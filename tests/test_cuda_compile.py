@@ -21,6 +21,7 @@ CHIPS = re.search(r"CUDA_ARCHITECTURES_WANTED ([\d ]+)\)", CMAKE)[1].split()
 # kernels with three taps (<3>: ILi3E). Depthwise convolutions have blocks of 128 threads of which 3 are to fit, or 5 in
 # fp32.
 REGISTERS = {
+    "augment_image": 64,
     "confusion_matrix": 64,
     "depthwise_conv": 168,
     "kth_largest": 64,
@@ -93,6 +94,8 @@ def test_ptx(source, tmp_path):
         for vectors in ("ld.global.nc", "ld.shared", "st.global"):
             assert re.search(rf"{vectors}\.v4\.[bfu]32", ptx), vectors
         assert re.search(r"mul\.wide\.u32", ptx)  # coordinates by steps, in 64 bits
+    elif source.stem == "augment_image":
+        assert "fma.rn.f32" in ptx and "ld.global.nc.u8" in ptx and not re.search(r"\.f64\b", ptx)
     elif source.stem == "kth_largest":
         assert re.search(r"ld\.global\.nc\.v4\.[bu]32", ptx) and not re.search(r"\b(add|mul|fma)[\w.]*\.f32", ptx)
     else:

@@ -31,7 +31,9 @@ KERNELS = {
     "upsample_confusion_matrix": 3,
     "kth_largest": 4,
     "depthwise_conv": 5,
+    "augment_image": 6,
 }
+ELSEWHERE = ("augment_image", "depthwise_conv")  # in files of their own, test_cuda_emulator_<...>.py
 STREAM = 0x5EED  # a handle that is passed through
 # -fno-gnu-unique: otherwise all libraries of the process share the emulator's inline variables. -U_FORTIFY_SOURCE: it
 # forbids jumps between stacks.
@@ -70,9 +72,9 @@ def emulate(folder: Path, name: str) -> ctypes.CDLL:
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    """{name: library} of the kernels of label maps; test_cuda_emulator_depthwise.py has the others."""
+    """{name: library} of the kernels of label maps and losses."""
     folder = tmp_path_factory.mktemp("emulated")
-    return {name: emulate(folder, name) for name in KERNELS if name != "depthwise_conv"}
+    return {name: emulate(folder, name) for name in KERNELS if name not in ELSEWHERE}
 
 
 def configure(library: ctypes.CDLL, *, limit: int = 227 << 10, multiprocessors: int = 2, descending: int = 0) -> None:

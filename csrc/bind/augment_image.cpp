@@ -3,6 +3,9 @@
 #include <array>
 
 #include "bind.h"
+#ifdef WITH_CUDA
+#include "../cuda/kernels.h"
+#endif
 
 namespace {
 
@@ -40,9 +43,29 @@ void augment_image_mask_cpu(uintptr_t source, int64_t row_stride, Size size, Siz
     if (!CPU_KERNEL(augment_image_mask)(args, threads)) throw std::bad_alloc();
 }
 
+#ifdef WITH_CUDA
+void augment_image_cuda(uintptr_t source, int64_t row_stride, Size size, Size scaled, Window window,
+                        bool flip, std::array<uint8_t, 3> pad, uintptr_t out, int device, uintptr_t stream) {
+    const CropArgs args = crop_args(source, row_stride, size, scaled, window, flip, pad, out);
+    const py::gil_scoped_release release;
+    cuda::augment_image(args, device, pointer<void>(stream));
+}
+
+void augment_image_mask_cuda(uintptr_t source, int64_t row_stride, Size size, Size scaled, Window window,
+                             bool flip, uint8_t ignore, uintptr_t out, int device, uintptr_t stream) {
+    const CropArgs args = crop_args(source, row_stride, size, scaled, window, flip, {ignore, 0, 0}, out);
+    const py::gil_scoped_release release;
+    cuda::augment_image_mask(args, device, pointer<void>(stream));
+}
+#endif
+
 }  // namespace
 
 void bind_augment_image(py::module_& m) {
     m.def("augment_image_cpu", &augment_image_cpu);
     m.def("augment_image_mask_cpu", &augment_image_mask_cpu);
+#ifdef WITH_CUDA
+    m.def("augment_image_cuda", &augment_image_cuda);
+    m.def("augment_image_mask_cuda", &augment_image_mask_cuda);
+#endif
 }

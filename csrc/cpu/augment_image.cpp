@@ -24,22 +24,6 @@ constexpr int64_t kPixelsPerThread = 1 << 14;  // less is not worth waking a thr
 constexpr int kGroup = 4;                      // pixels resampled across at a time
 constexpr int64_t kSlack = 4;                  // int16 that the last group of a row may write behind it
 
-struct Span {
-    int64_t begin, end;
-};
-
-int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Which part of an axis of the output lies in the scaled image; empty at 0 where none does.
-Span inside(int64_t begin, int64_t end, int64_t scaled) {
-    const Span span = {larger(0, -begin), smaller(end, scaled) - begin};
-    return span.begin < span.end ? span : Span{0, 0};
-}
-
-// The same where the output runs backwards.
-Span reversed(Span span, int64_t length) { return {length - span.end, length - span.begin}; }
-
 int teams_for(int64_t rows, int64_t pixels, int threads) {
     const int64_t most = smaller(rows, pixels / kPixelsPerThread + 1);
     return static_cast<int>(threads < most ? threads : most);
@@ -345,7 +329,7 @@ bool augment_image_mask(const CropArgs& args, int threads) {
     if (column == nullptr) return false;
     for (int64_t x = from.begin; x < from.end; ++x)
         column[args.flip ? width - 1 - x : x] =
-            static_cast<int32_t>((2 * (args.left + x) + 1) * args.width / (2 * args.scaled_width));
+            static_cast<int32_t>(nearest(args.left + x, args.width, args.scaled_width));
     const int teams = teams_for(height, height * width, threads);
 #pragma omp parallel for num_threads(teams) schedule(static) if (teams > 1)
     for (int team = 0; team < teams; ++team) {
@@ -357,7 +341,7 @@ bool augment_image_mask(const CropArgs& args, int threads) {
                 std::memset(out, args.pad[0], static_cast<size_t>(width));
                 continue;
             }
-            const int64_t r = (2 * (args.top + y) + 1) * args.height / (2 * args.scaled_height);
+            const int64_t r = nearest(args.top + y, args.height, args.scaled_height);
             if (r == before) {  // an enlarged row
                 std::memcpy(out, out - width, static_cast<size_t>(width));
                 continue;

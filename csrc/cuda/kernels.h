@@ -2,6 +2,7 @@
 // throws std::runtime_error with the runtime's words when the launch is refused.
 #pragma once
 
+#include "../augment_image.h"
 #include "../confusion_matrix.h"
 #include "../kth_largest.h"
 #include "../upsample_argmax.h"
@@ -12,6 +13,8 @@ using CudaStream = void*;  // cudaStream_t
 
 namespace cuda {
 
+void augment_image(const CropArgs& args, int device, CudaStream stream);
+void augment_image_mask(const CropArgs& args, int device, CudaStream stream);
 void confusion_matrix(const ConfusionArgs& args, int device, CudaStream stream);
 void depthwise_conv(const DepthwiseCudaArgs& args, int device, CudaStream stream);
 // Parts of the statistics for which `args` needs a place.

@@ -255,6 +255,26 @@ def test_opcheck(backend, device):
     torch.library.opcheck(ops.augment_image_mask.default, (mask, *arguments, 255, backend))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
+def test_captured_in_a_cuda_graph():
+    """Not the reference, which brings the padding's values from the host."""
+    image, mask = image_of((200, 330)).cuda(), mask_of((200, 330)).cuda()
+    crop = (130, 445), (-3, 120, 9, 400)
+    if reason := dispatch.explain(OP, image, *crop, True, [1, 2, 3])["native"]:
+        pytest.skip(reason)
+    pairs = (augment_image, image), (augment_image_mask, mask)
+    run = lambda: [augment(x, *crop, flip=True, backend="native") for augment, x in pairs]  # noqa: E731
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    image.copy_(image_of((200, 330), seed=2))
+    mask.copy_(mask_of((200, 330), seed=3))
+    graph.replay()
+    assert all(map(torch.equal, results, run()))
+    assert_rounds(results[0], oracle(image.cpu(), *crop, True, (124, 116, 104)))
+
+
 def test_compile_and_export_hold_one_op_and_name_no_backend():
     class Crop(torch.nn.Module):
         def forward(self, image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
