@@ -145,8 +145,9 @@ void each_pair(const Plan& plan, const Piece& piece, Chain<T> chain, int rows, i
     }
 }
 
-// Whether a column of y is as far into a page as those of x that are read after it: processors compare the
-// twelve lowest bits, so that each of these loads would wait for the store.
+// Whether a column of y is as far into a page as the next ones of x: loads are told from earlier stores by
+// the twelve lowest bits alone, so that each of them would wait. With 2048 channels of bf16 at dilation 1
+// that took a third of the time; torch's large tensors all begin at the same place in their pages.
 template <class T>
 bool collides(const DepthwiseArgs& args, const Chain<T>& chain) {
     const int64_t size = static_cast<int64_t>(sizeof(T));
