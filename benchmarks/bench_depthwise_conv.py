@@ -1,5 +1,10 @@
 """Depthwise convolution with affine and activation, three rates of one input, and convolution with statistics.
 
+In bf16 at stride 1 AVX-512 takes for 32 outputs 8 vdpbf16ps and 4 multiply-adds, for which Zen 4, which halves these
+vectors, needs 12 cycles: .22 ms for 2048 x 32 x 64 on two cores of 3.6 GHz. With 4 bounds, 8 unpackings and roundings
+and 3 loads beside them it is 26 out of the second-level cache (.47 ms); the rest at 2048 channels, where pixels are
+pages apart, is memory.
+
 eager is conv2d, batch_norm and relu as a model has them; pad is the workaround for a large dilation, which gives
 oneDNN a convolution without padding.
 """

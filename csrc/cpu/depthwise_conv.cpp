@@ -14,6 +14,7 @@
 
 #include <cstdlib>
 
+#include "depthwise_pairs.h"
 #include "depthwise_statistics.h"
 #include "depthwise_tile.h"
 
@@ -22,8 +23,8 @@ namespace {
 constexpr int64_t kOutputsPerThread = 1 << 15;  // less is not worth waking a thread
 constexpr int64_t kWindow = 384 << 10;          // bytes of x: what three chains of one block may take
 constexpr int64_t kLargeResult = 4 << 20;       // bytes: from here on results are written around the cache
-constexpr int64_t kChain = 16;                  // outputs
-constexpr int64_t kRun = 4096;                  // outputs of a channel that share a pivot
+constexpr int64_t kPage = 4096;  // bytes: addresses that far apart are told from one another late
+constexpr int64_t kRun = 4096;   // outputs of a channel that share a pivot
 
 int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -36,7 +37,8 @@ struct Plan {
     int64_t blocks = 0;
     int64_t pieces = 0;             // of output rows in a block of one image
     int64_t packed_pair = 0;        // floats: the taps of a pair and its shift
-    const float* packed = nullptr;  // (pairs, kernel * kernel + 1, kPair)
+    const float* packed = nullptr;  // (pairs, kernel * kernel + 1, kPair), or depthwise_pairs.h's
+    bool tap_pairs = false;         // whether it is
     float low = 0.0f, high = 0.0f;  // bounds of the activation
     bool past_cache = false;        // whether results are written around the cache
 };
@@ -143,6 +145,16 @@ void each_pair(const Plan& plan, const Piece& piece, Chain<T> chain, int rows, i
     }
 }
 
+// Whether a column of y is as far into a page as the next ones of x: loads are told from earlier stores by
+// the twelve lowest bits alone, so that each of them would wait. With 2048 channels of bf16 at dilation 1
+// that took a third of the time; torch's large tensors all begin at the same place in their pages.
+template <class T>
+bool collides(const DepthwiseArgs& args, const Chain<T>& chain) {
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    const uintptr_t apart = reinterpret_cast<uintptr_t>(args.x) - reinterpret_cast<uintptr_t>(args.y);
+    return chain.step * size % kPage == 0 && apart % static_cast<uintptr_t>(kPage) == 0;
+}
+
 template <class T, bool kMoments>
 void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments) {
     const DepthwiseArgs& args = plan.args;
@@ -173,7 +185,16 @@ void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments
     chain.left = column - dilation >= 0;
     chain.right = column + (piece.count - 1) * dilation * stride + dilation < args.width;
     const T* top = image + ((centre + (first_tap - 1) * dilation) * args.width + column) * args.channels;
-    for (int r = 0; r < rows; ++r) chain.row[r] = top + r * dilation * args.width * args.channels;
+    const int64_t row_step = dilation * args.width * args.channels;
+    for (int r = 0; r < rows; ++r) chain.row[r] = top + r * row_step;
+    if (stride == 1 && centre + 2 * dilation < args.height) chain.below = row_step;
+    chain.deferred = collides(args, chain);
+    if (plan.tap_pairs) {
+        each_pair(plan, piece, chain, rows, 0, [&](const Chain<T>& of_pair, bool tail) {
+            convolve_pairs(of_pair, rows, first_tap, tail);
+        });
+        return;
+    }
     each_pair(plan, piece, chain, rows, first_tap, [&](const Chain<T>& of_pair, bool tail) {
         if (stride == 1)
             tail ? convolve_three<T, 1, true, kMoments>(of_pair, rows)
@@ -246,7 +267,9 @@ bool run(Plan plan, int threads) {
     plan.blocks = ceil_div(plan.pairs, block);
     plan.block = ceil_div(plan.pairs, plan.blocks);
     plan.blocks = ceil_div(plan.pairs, plan.block);
-    plan.packed_pair = (args.kernel * args.kernel + 1) * kPair;
+    plan.tap_pairs =
+        kHasPairsOfTaps && sizeof(T) == sizeof(bf16) && !moments && has_chains(args) && args.stride == 1;
+    plan.packed_pair = (plan.tap_pairs ? kTapPairs : args.kernel * args.kernel + 1) * kPair;
     const int64_t step = chain_step(args), longer = plan.out_width % step;
     const int64_t chains = longer * ceil_div(plan.out_width / step + 1, kChain) +
                            (least(step, plan.out_width) - longer) * ceil_div(plan.out_width / step, kChain);
@@ -270,7 +293,7 @@ bool run(Plan plan, int threads) {
     if (enough) {
         float* aligned = memory + (64 - reinterpret_cast<uintptr_t>(memory) % 64) % 64 / sizeof(float);
         plan.packed = aligned;
-        pack<T>(args, aligned);
+        plan.tap_pairs ? pack_tap_pairs(args, aligned) : pack<T>(args, aligned);
         for (int t = 0; moments && t < teams; ++t) {
             float* from = aligned + packed + t * 5 * padded;
             team[t] = {from,

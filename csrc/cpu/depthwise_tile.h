@@ -166,6 +166,17 @@ struct Moments {
     float* square;
 };
 
+constexpr int64_t kChain = 16;  // outputs at most
+
+// To the second-level cache; the first's sets hold few lines that are a power of two apart.
+[[maybe_unused]] inline void prefetch(const void* p) {
+#ifdef __GNUC__
+    __builtin_prefetch(p, 0, 2);
+#else
+    (void)p;
+#endif
+}
+
 // `count` outputs of a chain, from the first on: y[j] is made of the columns stride * j - 1, + 0 and + 1, in
 // steps of the chain.
 template <class T>
@@ -176,9 +187,11 @@ struct Chain {
     T* y;
     int64_t step;  // elements from one column of the chain to the next, of x and of y
     int64_t count;
+    int64_t below;  // elements from the last live row to the next that the piece below this one reads, or 0
     bool left, right;  // whether the first and the last tap of the chain are inside the image
     float low, high;   // bounds of the activation
     bool past_cache;   // where `stream_pair` can, y goes straight to memory
+    bool deferred;     // depthwise_pairs.h: y is written once all of the chain has been read
     Moments moments;
     int channels;  // of the pair, kPair but for the last
 };
@@ -243,6 +256,7 @@ void convolve_chain(const Chain<T>& chain) {
                 current = fma(w[r][1], x, current);
                 next = fma(w[r][0], x, next);
             }
+            prefetch(row[kRows - 1] + j * step + chain.below);
             if (j > 0) output.write(j - 1, previous);
             previous = current;
             current = next;

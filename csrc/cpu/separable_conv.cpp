@@ -14,6 +14,12 @@
 
 #include "separable_conv_plan.h"
 
+#ifdef __GNUC__
+#define NOT_INLINED __attribute__((noinline))
+#else
+#define NOT_INLINED
+#endif
+
 namespace {
 
 // ---- the depthwise pass over a tile ----
@@ -184,10 +190,17 @@ inline void store_two(T* y, Vec a, Vec b, int64_t left, int64_t most) {
 }
 
 // sum[r][v] += lanes of pixel r times columns of vector v
+//
+// Not inlined: the bounds of the activation, which the caller keeps, and these sums are more than AVX2's
+// sixteen registers, and the compiler would rather write five of the sums to memory in every step.
 template <class T, int width>
-inline void add_products(const Block& block, Vec (&sum)[kRows][width], Fetch* fetch) {
+NOT_INLINED void add_products(const Block& block, Vec (&result)[kRows][width], Fetch* fetch) {
+    Vec sum[kRows][width];
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < width; ++v) sum[r][v] = result[r][v];
     const float* pixel = block.pixels;
     const float* weight = block.weight;
+    const int64_t row = block.row;
     for (int64_t left = block.depth; left > 0; left -= kFetchEvery) {
         fetch->advance();
         const float* const end = pixel + smaller(left, kFetchEvery);
@@ -195,11 +208,13 @@ inline void add_products(const Block& block, Vec (&sum)[kRows][width], Fetch* fe
             Vec b[width];
             for (int v = 0; v < width; ++v) b[v] = load(weight + v * kLanes);
             for (int r = 0; r < kRows; ++r) {
-                const Vec a = set1(pixel[r * block.row]);
+                const Vec a = set1(pixel[r * row]);
                 for (int v = 0; v < width; ++v) sum[r][v] = add_product(a, b[v], sum[r][v], T{});
             }
         }
     }
+    for (int r = 0; r < kRows; ++r)
+        for (int v = 0; v < width; ++v) result[r][v] = sum[r][v];
 }
 
 template <class T, int width>

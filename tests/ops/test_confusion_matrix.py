@@ -96,7 +96,8 @@ def test_every_pair_of_integer_types(backend, device, types):
 
 
 @on_each_backend
-@pytest.mark.parametrize("classes", [1, 2, 19, 90, 150, 256, 300])  # 90: one table a thread; 300: no shared memory
+# 90: one table a thread; 255: the last with bins of 16 bits; 300: no shared memory
+@pytest.mark.parametrize("classes", [1, 2, 19, 90, 150, 255, 256, 300])
 def test_number_of_classes(backend, device, classes):
     prediction = label_map((40_000,), torch.int32, classes, seed=5, run=3).to(device)
     target = label_map((40_000,), torch.int32, classes, seed=6, run=3).to(device)
@@ -104,13 +105,20 @@ def test_number_of_classes(backend, device, classes):
 
 
 @on_each_backend
-@pytest.mark.parametrize("ignore", [0, 3, -100, 255, 2**40, None])
+@pytest.mark.parametrize("ignore", [0, 3, -100, 255, 2**16 - 2, 2**16 - 1, 2**40, None])
 def test_ignore_index(backend, device, ignore):
     target = label_map((3000,), torch.int64, 5, seed=7, run=4).to(device)
     target[::7] = 2**40
     target[1::7] = 2**32 + 1  # 1, were it cut to 32 bits
+    target[2::7] = 2**16 + 1  # the same to 16
+    target[3::14] = 2**16 - 1
+    target[10::14] = 2**16 - 2
     prediction = label_map((3000,), torch.int64, 5, seed=8, run=4).to(device)
+    prediction[::11] = 2**16 + 2
+    prediction[1::11] = 2**16 - 1
     check(prediction, target, 5, ignore, backend)
+    if ignore is None or ignore < 2**31:
+        check(prediction.int(), target.clamp(max=2**31 - 1).int(), 5, ignore, backend)
 
 
 @on_each_backend

@@ -327,6 +327,20 @@ def test_every_instruction_set(name, dtype):
         module.use_instruction_set(before)
 
 
+@pytest.mark.skipif(not native.load(), reason="deeplab_fast._C is not built")
+@in_each_dtype
+def test_any_place_in_a_page(dtype):
+    """Where x and y are as far into a page each and pixels are pages apart, y is written after its row was read."""
+    given = tensors((1, 4096 // dtype.itemsize, 3, 5), 3, dtype)
+    size, step, apart = given[0].numel(), 64 // dtype.itemsize, set()
+    room = torch.empty(size + 4096 // dtype.itemsize, dtype=dtype)
+    for begin in range(0, room.numel() - size, step):
+        x = room[begin : begin + size].view(1, 3, 5, -1).permute(0, 3, 1, 2).copy_(given[0])
+        y = check([x, *given[1:]], "native", activation="relu")
+        apart.add((x.data_ptr() - y.data_ptr()) % 4096)
+    assert 0 in apart
+
+
 @on_each_backend
 def test_statistics_where_the_mean_is_large(backend, device):
     x, weight, *_ = (t.to(device) for t in tensors((4, 20, 60, 61), 1, torch.float32))
