@@ -10,7 +10,8 @@ namespace {
 void depthwise_conv_backward_cpu(uintptr_t grad_y, uintptr_t x, uintptr_t weight, uintptr_t grad_x,
                                  uintptr_t grad_weight, int dtype, int weight_dtype,
                                  const std::array<int64_t, 6>& sizes, const std::array<int64_t, 3>& window,
-                                 int threads) {
+                                 const std::array<uintptr_t, 4>& norm, float eps, int activation,
+                                 const std::array<uintptr_t, 2>& sums, int threads) {
     const DepthwiseBackwardArgs args = {pointer<const void>(grad_y),
                                         pointer<const void>(x),
                                         pointer<const void>(weight),
@@ -26,7 +27,12 @@ void depthwise_conv_backward_cpu(uintptr_t grad_y, uintptr_t x, uintptr_t weight
                                         sizes[5],
                                         window[0],
                                         window[1],
-                                        window[2]};
+                                        window[2],
+                                        {pointer<const float>(norm[0]), pointer<const float>(norm[1]),
+                                         pointer<const float>(norm[2]), pointer<const float>(norm[3]), eps,
+                                         static_cast<Activation>(activation)},
+                                        pointer<float>(sums[0]),
+                                        pointer<float>(sums[1])};
     const py::gil_scoped_release release;
     if (!CPU_KERNEL(depthwise_conv_backward)(args, threads)) throw std::bad_alloc();
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../types.h"
+#include "input_norm.h"
 #include "kernels.h"
 
 // Gradients of y = depthwise_conv(x, weight) with padding = dilation * (kernel / 2). Activations are packed
@@ -24,6 +25,8 @@ struct DepthwiseBackwardArgs {
     int64_t kernel;  // odd
     int64_t stride;
     int64_t dilation;
+    InputNorm norm;  // of x: grad_x is then the gradient of its result where the activation let it pass,
+    float *sum_grad, *sum_grad_xhat;  // and these (C,) are its sum, and that of its product with xhat
 };
 
 // With at most `threads` threads; the result does not depend on their number. False: out of memory.
