@@ -61,7 +61,7 @@ ALWAYS_INLINE void prefetch(const T* p, int64_t ahead) {
 #endif
 }
 
-// What was convolved, where that is the normalised and activated x, and what its gradient becomes of.
+// With kNorm, what was convolved is the normalised and activated x; without, x.
 template <bool kNorm>
 struct Normalised {
     Vec mean, scale, shift, low, high;

@@ -134,6 +134,7 @@ void transpose_weight(const DepthwiseBackwardArgs& args, const Plan& plan) {
     }
 }
 
+// mean, scale and shift of x in the order of the weights
 void make_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
     const int64_t padded = plan.shape.padded_channels;
     for (int64_t v = 0; v < plan.vectors; ++v)
@@ -146,6 +147,7 @@ void make_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
         }
 }
 
+// What the norm's gradient needs, from the sums of the blocks.
 void reduce_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
     const int64_t padded = plan.shape.padded_channels;
     for (int64_t v = 0; v < plan.vectors; ++v)

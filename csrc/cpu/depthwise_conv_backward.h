@@ -25,8 +25,11 @@ struct DepthwiseBackwardArgs {
     int64_t kernel;  // odd
     int64_t stride;
     int64_t dilation;
-    InputNorm norm;  // of x: grad_x is then the gradient of its result where the activation let it pass,
-    float *sum_grad, *sum_grad_xhat;  // and these (C,) are its sum, and that of its product with xhat
+    // With a norm of x, grad_x is the gradient of the norm's result where the activation let it pass; both
+    // gradients are needed then, and (C,) the sums of grad_x and of its product with the normalised x.
+    InputNorm norm;
+    float* sum_grad;
+    float* sum_grad_xhat;
 };
 
 // With at most `threads` threads; the result does not depend on their number. False: out of memory.

@@ -19,7 +19,11 @@ inline float norm_scale(const InputNorm& norm, int64_t c) { return norm.weight[c
 inline float norm_shift(const InputNorm& norm, int64_t c) {
     return norm.bias[c] - norm.mean[c] * norm_scale(norm, c);
 }
-inline float lower_bound(Activation activation) { return activation == Activation::none ? -1.0f / 0.0f : 0.0f; }
-inline float upper_bound(Activation activation) { return activation == Activation::relu6 ? 6.0f : 1.0f / 0.0f; }
+inline float lower_bound(Activation activation) {
+    return activation == Activation::none ? -1.0f / 0.0f : 0.0f;
+}
+inline float upper_bound(Activation activation) {
+    return activation == Activation::relu6 ? 6.0f : 1.0f / 0.0f;
+}
 
 }  // namespace
