@@ -1,6 +1,6 @@
 """Batch norm, ReLU6, depthwise 3 x 3 and the statistics of the next norm in training, forward and backward.
 
-"one by one" is batch_norm_act and depthwise_conv_statistics, with the activated tensor between them.
+"one_by_one" is batch_norm_act and depthwise_conv_statistics, with the activated tensor between them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def expected(name: str, dtype: str, device: torch.device) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "one by one", "eager"])
+@pytest.mark.parametrize("variant", ["native", "reference", "one_by_one", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DEPTHWISE_NORMALISED)
 def bench_depthwise_conv_normalised(timed, device, name, dtype, variant):

@@ -64,10 +64,8 @@ DEPTHWISE_BACKWARD = {
 DEPTHWISE_NORMALISED = {
     "mobilenet 4x96": ((4, 96, 128, 128), 2, 1),
     "mobilenet 4x144": ((4, 144, 64, 64), 1, 1),
-    "mobilenet 4x384": ((4, 384, 16, 16), 1, 1),
     "mobilenet 4x960": ((4, 960, 16, 16), 1, 2),
     "mobilenet 8x96": ((8, 96, 176, 176), 2, 1),
-    "mobilenet 8x144": ((8, 144, 88, 88), 1, 1),
     "mobilenet 8x960": ((8, 960, 22, 22), 1, 2),
 }
 # (N, C, H, W), activation, residual, dtypes

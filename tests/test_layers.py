@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from deeplab_fast import ops
-from deeplab_fast.model import build_model, layers
+from deeplab_fast.model import build_model
 from deeplab_fast.model.layers import ConvNormAct, SeparableConv, conv_norm_act, norm_act
 from deeplab_fast.model.mobilenet import InvertedResidual
 from deeplab_fast.model.norm import FrozenBatchNorm2d
@@ -248,7 +247,7 @@ def test_an_inverted_residual_does_not_write_what_it_expands(options):
         return sum(found.values())
 
     ours = kept()
-    with mock.patch.object(layers, "_normalises_as_it_convolves", lambda *_: False):
+    with dispatch.requesting("depthwise_conv_normalised=reference"):
         assert kept() - ours >= 2 * 48 * 9 * 8
 
 
