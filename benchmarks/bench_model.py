@@ -21,6 +21,7 @@ from deeplab_fast.model import decoder
 from deeplab_fast.ops import dispatch, upsample_argmax
 
 CLASSES = 19
+OURS = ("native", "one_by_one")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Relative to the fp32 loss, and share of equal labels: rounding in bf16 moves both.
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
@@ -44,9 +45,16 @@ def plain_loss(logits: Tensor, mask: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def on(variant: str) -> Iterator[None]:
-    """`native` leaves the choice to the ops; the others run the network as plain PyTorch would have it."""
+    """`native` leaves the choice to the ops; the others run the network as plain PyTorch would have it.
+
+    "one_by_one": the ops too, but batch norm and activation before a depthwise convolution on their own.
+    """
     if variant == "native":
         yield
+        return
+    if variant == "one_by_one":
+        with dispatch.requesting("depthwise_conv_normalised=reference"):
+            yield
         return
     with dispatch.requesting("reference"), mock.patch.object(decoder, "upsample_concat", plain_concat):
         yield
@@ -67,7 +75,7 @@ def training_step(backbone: str, shape: tuple[int, ...], dtype: str, variant: st
     x = image(shape, device)
     mask = torch.randint(0, CLASSES, shape, generator=torch.Generator().manual_seed(2)).to(device, torch.uint8)
 
-    loss_sum = cross_entropy_sum if variant == "native" else plain_loss
+    loss_sum = cross_entropy_sum if variant in OURS else plain_loss
 
     def run() -> Tensor:
         with on(variant):
@@ -110,12 +118,14 @@ def skip_compile(variant: str) -> None:
         pytest.skip("compiling a whole network takes minutes" if TINY else "no C++ compiler")
 
 
-@pytest.mark.parametrize("variant", ["native", "eager", "compile"])
+@pytest.mark.parametrize("variant", ["native", "one_by_one", "eager", "compile"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TRAINING)
 def bench_training_step(timed, device, name, dtype, variant):
     skip_compile(variant)
     backbone, shape = TRAINING[name]
+    if variant == "one_by_one" and not (backbone.startswith("mobilenet") and device.type == "cpu"):
+        pytest.skip("no inverted residual, or no kernel for it")
     run = training_step(backbone, shape, dtype, variant, device)
 
     def check(loss: Tensor) -> None:

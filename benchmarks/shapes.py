@@ -60,6 +60,14 @@ DEPTHWISE_BACKWARD = {
     "mobilenet_960_dilated": ((8, 960, 22, 22), 1, 2),
     "aspp_2048": ((1, 2048, 33, 33), 1, 12),
 }
+# (N, C, H, W), stride, dilation: MobileNetV2 in training, 4 crops of 256 x 256 and 8 of 352 x 352
+DEPTHWISE_NORMALISED = {
+    "mobilenet 4x96": ((4, 96, 128, 128), 2, 1),
+    "mobilenet 4x144": ((4, 144, 64, 64), 1, 1),
+    "mobilenet 4x960": ((4, 960, 16, 16), 1, 2),
+    "mobilenet 8x96": ((8, 96, 176, 176), 2, 1),
+    "mobilenet 8x960": ((8, 960, 22, 22), 1, 2),
+}
 # (N, C, H, W), activation, residual, dtypes
 BATCH_NORMS = {
     "head": ((8, 256, 64, 64), "relu", False, ("float32", "bfloat16")),
@@ -180,6 +188,7 @@ if TINY:
     SEPARABLE = {"tiny": ((1, 70, 9, 11), 40, 7)}
     DEPTHWISE = {"tiny": ((1, 33, 9, 11), 1, 8)}
     DEPTHWISE_RATES = {"tiny": ((1, 33, 9, 11), [2, 4, 6])}
+    DEPTHWISE_NORMALISED = {"tiny": ((2, 19, 9, 8), 2, 1)}
     DEPTHWISE_BACKWARD = {"tiny": ((1, 19, 7, 9), 1, 2)}
     BATCH_NORMS = {
         "tiny_residual": ((2, 24, 9, 7), "relu", True, ("float32",)),  # in bf16 eager rounds before it adds

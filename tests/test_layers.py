@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 from deeplab_fast import ops
 from deeplab_fast.model import build_model
 from deeplab_fast.model.layers import ConvNormAct, SeparableConv, conv_norm_act, norm_act
+from deeplab_fast.model.mobilenet import InvertedResidual
 from deeplab_fast.model.norm import FrozenBatchNorm2d
 from deeplab_fast.ops import dispatch, native
 
@@ -89,6 +90,8 @@ def test_training_is_that_of_the_plain_network(backbone, order):
     model = randomise(build_model(backbone=backbone, separable_order=order, image_pooling=False, **SMALL)).train()
     depthwise = "depthwise_conv_statistics" if order == "norm_each" else "depthwise_conv"
     names = ("batch_norm_act", "batch_norm_act_statistics", "batch_norm_act_backward", "upsample_concat")
+    if backbone == "mobilenet_v2":
+        names += ("depthwise_conv_normalised", "depthwise_conv_normalised_backward")
     compare_with_plain(model, batch(2, 3, 65, 49), depthwise, *names)
 
 
@@ -223,6 +226,84 @@ def replaced_norm(layer: SeparableConv) -> None:
     layer.norm = nn.GroupNorm(2, 8)
 
 
+def block(**options: object) -> InvertedResidual:
+    torch.manual_seed(0)
+    given = {"expansion": 6, "stride": 1, "dilation": 1, "residual": True} | options
+    return randomise(InvertedResidual("batch", 8, 8, **given)).train()
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "residual": False}, {"dilation": 2}], ids=str)
+def test_an_inverted_residual_does_not_write_what_it_expands(options):
+    """Neither for the gradient nor, with two norms in training, at all."""
+    layer, x = block(**options), batch(2, 8, 9, 8)
+    compare_with_plain(layer, x, "depthwise_conv_normalised", "depthwise_conv_normalised_backward")
+
+    def kept() -> int:
+        found: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: found.update({t.data_ptr(): t.numel()}) or t, lambda t: t
+        ):
+            layer(x.clone().requires_grad_())
+        return sum(found.values())
+
+    ours = kept()
+    with dispatch.requesting("depthwise_conv_normalised=reference"):
+        assert kept() - ours >= 2 * 48 * 9 * 8
+
+
+def padded_first(layer: InvertedResidual) -> None:
+    layer.padding = 1
+    layer.conv[1][0].padding = (0, 0)
+
+
+def hooked_step(layer: InvertedResidual) -> None:
+    layer.conv[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def hooked_first_norm(layer: InvertedResidual) -> None:
+    layer.conv[0][1].register_forward_hook(lambda module, inputs, output: output + 1)
+
+
+def group_norm_between(layer: InvertedResidual) -> None:
+    layer.conv[1][1] = nn.GroupNorm(2, 48)
+
+
+def frozen(layer: InvertedResidual) -> None:
+    layer.conv[0][1].eval()
+
+
+def frozen_second(layer: InvertedResidual) -> None:
+    layer.conv[1][1].eval()
+
+
+@pytest.mark.parametrize(
+    "change", [padded_first, hooked_step, hooked_first_norm, group_norm_between, frozen, frozen_second]
+)
+def test_an_inverted_residual_with_other_children_calls_them_as_they_are(change):
+    layer, x = block(), batch(2, 8, 9, 8)
+    change(layer)
+    plain, before = copy.deepcopy(layer), block()
+    with torch.no_grad():
+        y = layer(x)
+        assert dispatch.last_backend("depthwise_conv_normalised") is None
+        with dispatch.requesting("reference"):
+            torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
+        assert not torch.allclose(y, before(x))
+
+
+def test_an_inverted_residual_moves_the_statistics_as_torch_does():
+    layer = block()
+    plain = copy.deepcopy(layer)
+    for step in range(3):
+        x = batch(2, 8, 6, 7) + step
+        layer(x)
+        with dispatch.requesting("reference"):
+            plain(x)
+    assert ran("depthwise_conv_normalised")
+    for key, value in plain.state_dict().items():
+        torch.testing.assert_close(layer.state_dict()[key], value, rtol=1e-4, atol=1e-4, msg=key)
+
+
 @pytest.mark.parametrize("change", [subclassed, hooked, hooked_norm, parametrised, with_bias, replaced_norm])
 @pytest.mark.parametrize("training", [True, False])
 def test_a_child_that_is_not_plain_is_called_as_it_is(change, training):
@@ -296,7 +377,7 @@ def test_a_compiled_network_holds_the_ops(training):
         y = torch.compile(model, backend=keep, fullgraph=True)(x)
         torch.testing.assert_close(y, plain(x), rtol=1e-4, atol=1e-4)
     names = {str(node.target) for graph in graphs for node in graph.graph.nodes}
-    wanted = "depthwise_conv_statistics" if training else "separable_conv"
+    wanted = "depthwise_conv_normalised" if training else "separable_conv"
     assert any(wanted in name for name in names), names
 
 

@@ -6,6 +6,7 @@
 // outside of grad_y take no part: a zero in their place would turn an Inf of x or of the weight into NaN.
 #pragma once
 
+#include "input_norm.h"
 #include "vec.h"
 
 #ifdef __GNUC__
@@ -32,6 +33,8 @@ struct Row {
     const float* weight;  // (kernel, kernel, padded C)
     float* sums;          // (kernel, kernel, padded C): what grad_weight gets from a block of rows, added to
     float* row_sums;      // (kernel, kernel, kLanes), for any_row
+    const float* norm;    // (3, padded C): mean, scale and shift of the norm of x
+    float* norm_sums;     // (2, padded C): the sums that its gradient needs, added to
     Taps taps;            // of the vertical axis
 };
 
@@ -44,6 +47,7 @@ struct RowShape {
     int64_t dilation;
     int64_t tap_step;
     int64_t out_step;
+    float low, high;      // bounds of the activation of x
     const Taps* columns;  // (width), for any_row
 };
 
@@ -57,20 +61,55 @@ ALWAYS_INLINE void prefetch(const T* p, int64_t ahead) {
 #endif
 }
 
+// With kNorm, what was convolved is the normalised and activated x; without, x.
+template <bool kNorm>
+struct Normalised {
+    Vec mean, scale, shift, low, high;
+    Vec sum = zero(), product = zero();
+
+    template <class T>
+    ALWAYS_INLINE Normalised(const Row<T>& row, const RowShape& shape) {
+        if (!kNorm) return;
+        mean = load(row.norm);
+        scale = load(row.norm + shape.padded_channels);
+        shift = load(row.norm + 2 * shape.padded_channels);
+        low = set1(shape.low);
+        high = set1(shape.high);
+    }
+    ALWAYS_INLINE Vec input(Vec x) const { return kNorm ? min(high, max(low, fma(x, scale, shift))) : x; }
+    // The gradient where the activation let it pass. A bound that is reached does not pass.
+    ALWAYS_INLINE Vec gradient(Vec grad, Vec x, Vec in) {
+        if (!kNorm) return grad;
+        grad = where_greater(high, in, where_greater(in, low, grad));
+        sum = sum + grad;
+        product = fma(grad, x - mean, product);
+        return grad;
+    }
+    template <class T>
+    ALWAYS_INLINE void finish(const Row<T>& row, const RowShape& shape) const {
+        if (!kNorm) return;
+        store(row.norm_sums, load(row.norm_sums) + sum);
+        float* to = row.norm_sums + shape.padded_channels;
+        store(to, load(to) + product);
+    }
+};
+
 constexpr int kTaps = 3;  // of a kernel of 3 x 3, in each direction
 
 // Weights, sums and rows of grad_y of the kRows vertical taps that reach a row of x.
-template <class T, int kRows, bool kNeedX, bool kNeedWeight>
+template <class T, int kRows, bool kNeedX, bool kNeedWeight, bool kNorm>
 struct Pixels {
     Vec weight[kRows][kTaps];
     Vec sum[kRows][kTaps];
     const T* grad_y[kRows];
     int64_t ahead_x;  // bytes
     int64_t ahead_y;
+    Normalised<kNorm> norm;
 
     ALWAYS_INLINE Pixels(const Row<T>& row, const RowShape& shape)
         : ahead_x(shape.width * shape.channels * static_cast<int64_t>(sizeof(T))),
-          ahead_y(shape.out_width * shape.channels * static_cast<int64_t>(sizeof(T))) {
+          ahead_y(shape.out_width * shape.channels * static_cast<int64_t>(sizeof(T))),
+          norm(row, shape) {
 #pragma GCC unroll 3
         for (int i = 0; i < kRows; ++i) {
             const int64_t tap = row.taps.tap + i * shape.tap_step;
@@ -103,17 +142,18 @@ struct Pixels {
     template <bool kLeft, bool kStraight, bool kRight>
     ALWAYS_INLINE void pixel(const T* x, T* grad_x, const Vec (&left)[kRows], const Vec (&straight)[kRows],
                              const Vec (&right)[kRows]) {
-        const Vec here = kNeedWeight ? load(x) : zero();
+        const Vec raw = kNeedWeight ? load(x) : zero(), here = norm.input(raw);
         if (kNeedWeight) prefetch(x, ahead_x);
         if (kNeedX) prefetch(grad_x, ahead_x);
         Vec grad = zero();
         if (kStraight) add<1>(straight, here, grad);
         if (kLeft) add<2>(left, here, grad);
         if (kRight) add<0>(right, here, grad);
-        if (kNeedX) store(grad_x, grad);
+        if (kNeedX) store(grad_x, norm.gradient(grad, raw, here));
     }
 
     ALWAYS_INLINE void finish(const Row<T>& row, const RowShape& shape) const {
+        norm.finish(row, shape);
         if (!kNeedWeight) return;
 #pragma GCC unroll 3
         for (int i = 0; i < kRows; ++i) {
@@ -129,9 +169,9 @@ struct Pixels {
 
 // 3 x 3, stride 1. Columns a dilation apart follow each other, so that the three columns of grad_y around a
 // pixel stay in registers for the next one.
-template <class T, int kRows, bool kNeedX, bool kNeedWeight>
+template <class T, int kRows, bool kNeedX, bool kNeedWeight, bool kNorm>
 void row_of_stride_1(const Row<T>& row, const RowShape& shape) {
-    Pixels<T, kRows, kNeedX, kNeedWeight> pixels(row, shape);
+    Pixels<T, kRows, kNeedX, kNeedWeight, kNorm> pixels(row, shape);
     const int64_t step = shape.dilation * shape.channels;
     const int64_t end = shape.width * shape.channels;
     const int64_t phases = shape.dilation < shape.width ? shape.dilation : shape.width;
@@ -173,9 +213,9 @@ void row_of_stride_1(const Row<T>& row, const RowShape& shape) {
 
 // 3 x 3, stride 2, no dilation: even columns of x are reached by the tap in the middle, odd ones by the other
 // two.
-template <class T, int kRows, bool kNeedX, bool kNeedWeight>
+template <class T, int kRows, bool kNeedX, bool kNeedWeight, bool kNorm>
 void row_of_stride_2(const Row<T>& row, const RowShape& shape) {
-    Pixels<T, kRows, kNeedX, kNeedWeight> pixels(row, shape);
+    Pixels<T, kRows, kNeedX, kNeedWeight, kNorm> pixels(row, shape);
     const int64_t channels = shape.channels;
     const T* x = row.x;
     T* grad_x = row.grad_x;
@@ -195,15 +235,16 @@ void row_of_stride_2(const Row<T>& row, const RowShape& shape) {
 }
 
 // Any kernel, stride and dilation.
-template <class T, bool kNeedX, bool kNeedWeight>
+template <class T, bool kNeedX, bool kNeedWeight, bool kNorm>
 void any_row(const Row<T>& row, const RowShape& shape) {
     const int64_t kernel = shape.kernel, taps = kernel * kernel;
     const int64_t channels = shape.channels, padded = shape.padded_channels;
+    Normalised<kNorm> norm(row, shape);
     if (kNeedWeight)
         for (int64_t t = 0; t < taps; ++t) store(row.row_sums + t * kLanes, zero());
     for (int64_t w = 0; w < shape.width; ++w) {
         const Taps columns = shape.columns[w];
-        const Vec here = kNeedWeight ? load(row.x + w * channels) : zero();
+        const Vec raw = kNeedWeight ? load(row.x + w * channels) : zero(), here = norm.input(raw);
         Vec grad = zero();
         for (int64_t i = 0; i < row.taps.count; ++i) {
             const int64_t out_row = row.taps.out - i * shape.out_step;
@@ -218,8 +259,9 @@ void any_row(const Row<T>& row, const RowShape& shape) {
                 t += shape.tap_step;
             }
         }
-        if (kNeedX) store(row.grad_x + w * channels, grad);
+        if (kNeedX) store(row.grad_x + w * channels, norm.gradient(grad, raw, here));
     }
+    norm.finish(row, shape);
     if (!kNeedWeight) return;
     for (int64_t t = 0; t < taps; ++t) {
         float* to = row.sums + t * padded;

@@ -36,8 +36,8 @@ struct Plan {
     int64_t block = 0;  // of which so many are done at once
     int64_t blocks = 0;
     int64_t pieces = 0;             // of output rows in a block of one image
-    int64_t packed_pair = 0;        // floats: the taps of a pair and its shift
-    const float* packed = nullptr;  // (pairs, kernel * kernel + 1, kPair), or depthwise_pairs.h's
+    int64_t packed_pair = 0;        // floats: the taps of a pair, its shift, and scale and shift of its input
+    const float* packed = nullptr;  // (pairs, kernel * kernel + 3, kPair), or depthwise_pairs.h's
     bool tap_pairs = false;         // whether it is
     float low = 0.0f, high = 0.0f;  // bounds of the activation
     bool past_cache = false;        // whether results are written around the cache
@@ -48,21 +48,24 @@ void pack(const DepthwiseArgs& args, float* packed) {
     const int64_t taps = args.kernel * args.kernel;
     const T* weight = static_cast<const T*>(args.weight);
     for (int64_t c = 0; c < ceil_div(args.channels, kPair) * kPair; ++c) {
-        float* to = packed + c / kPair * (taps + 1) * kPair + packed_place<T>(static_cast<int>(c % kPair));
+        float* to = packed + c / kPair * (taps + 3) * kPair + packed_place<T>(static_cast<int>(c % kPair));
         const bool real = c < args.channels;
         const float scale = real && args.scale != nullptr ? args.scale[c] : 1.0f;
         for (int64_t tap = 0; tap < taps; ++tap)
             to[tap * kPair] = real ? scale * to_float(weight[c * taps + tap]) : 0.0f;
         to[taps * kPair] = real && args.shift != nullptr ? args.shift[c] : 0.0f;
+        const bool normalised = real && args.norm.mean != nullptr;
+        to[(taps + 1) * kPair] = normalised ? norm_scale(args.norm, c) : 0.0f;
+        to[(taps + 2) * kPair] = normalised ? norm_shift(args.norm, c) : 0.0f;
     }
 }
 
 // Any kernel, stride and dilation; chain.row[0] is the image, chain.y output `first` of the row.
-template <class T, bool kTail, bool kMoments>
+template <class T, bool kTail, Form form>
 void convolve_any(const Plan& plan, const Chain<T>& chain, int64_t out_row, int64_t first) {
     const DepthwiseArgs& args = plan.args;
     const int64_t radius = args.kernel / 2;
-    Output<T, kTail, kMoments> output(chain);
+    Output<T, kTail, form> output(chain);
     for (int64_t j = 0; j < chain.count; ++j) {
         Pair sum = output.shift;
         for (int64_t k = 0; k < args.kernel; ++k) {
@@ -80,11 +83,11 @@ void convolve_any(const Plan& plan, const Chain<T>& chain, int64_t out_row, int6
     output.finish();
 }
 
-template <class T, int kStride, bool kTail, bool kMoments>
+template <class T, int kStride, bool kTail, Form form>
 void convolve_three(const Chain<T>& chain, int rows) {
-    if (rows == 3) return convolve_chain<T, 3, kStride, kTail, kMoments>(chain);
-    if (rows == 2) return convolve_chain<T, 2, kStride, kTail, kMoments>(chain);
-    convolve_chain<T, 1, kStride, kTail, kMoments>(chain);
+    if (rows == 3) return convolve_chain<T, 3, kStride, kTail, form>(chain);
+    if (rows == 2) return convolve_chain<T, 2, kStride, kTail, form>(chain);
+    convolve_chain<T, 1, kStride, kTail, form>(chain);
 }
 
 // A piece of an output row: the columns first, first + d, ... of one chain, d the step of the chains.
@@ -133,6 +136,8 @@ void each_pair(const Plan& plan, const Piece& piece, Chain<T> chain, int rows, i
         const float* packed = plan.packed + pair * plan.packed_pair;
         chain.weight = packed + first_row_of_taps * args.kernel * kPair;
         chain.shift = packed + taps * kPair;
+        chain.in_scale = chain.shift + kPair;
+        chain.in_shift = chain.in_scale + kPair;
         chain.channels = static_cast<int>(least(args.channels - pair * kPair, kPair));
         convolve(chain, chain.channels < kPair);
         for (int r = 0; r < rows; ++r) chain.row[r] += kPair;
@@ -155,7 +160,7 @@ bool collides(const DepthwiseArgs& args, const Chain<T>& chain) {
     return chain.step * size % kPage == 0 && apart % static_cast<uintptr_t>(kPage) == 0;
 }
 
-template <class T, bool kMoments>
+template <class T, Form form>
 void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments) {
     const DepthwiseArgs& args = plan.args;
     const int64_t dilation = args.dilation, stride = args.stride;
@@ -174,8 +179,8 @@ void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments
     if (!has_chains(args)) {
         chain.row[0] = image;
         each_pair(plan, piece, chain, 1, 0, [&](const Chain<T>& of_pair, bool tail) {
-            tail ? convolve_any<T, true, kMoments>(plan, of_pair, piece.row, piece.first)
-                 : convolve_any<T, false, kMoments>(plan, of_pair, piece.row, piece.first);
+            tail ? convolve_any<T, true, form>(plan, of_pair, piece.row, piece.first)
+                 : convolve_any<T, false, form>(plan, of_pair, piece.row, piece.first);
         });
         return;
     }
@@ -197,26 +202,27 @@ void convolve_piece(const Plan& plan, const Piece& piece, const Moments& moments
     }
     each_pair(plan, piece, chain, rows, first_tap, [&](const Chain<T>& of_pair, bool tail) {
         if (stride == 1)
-            tail ? convolve_three<T, 1, true, kMoments>(of_pair, rows)
-                 : convolve_three<T, 1, false, kMoments>(of_pair, rows);
+            tail ? convolve_three<T, 1, true, form>(of_pair, rows)
+                 : convolve_three<T, 1, false, form>(of_pair, rows);
         else
-            tail ? convolve_three<T, 2, true, kMoments>(of_pair, rows)
-                 : convolve_three<T, 2, false, kMoments>(of_pair, rows);
+            tail ? convolve_three<T, 2, true, form>(of_pair, rows)
+                 : convolve_three<T, 2, false, form>(of_pair, rows);
     });
 }
 
 // The first result of a run becomes its pivot: with zero as one, the squares would cancel where the mean is
 // large.
-template <class T>
+template <class T, Form form>
 void begin_run(const Plan& plan, const Piece& piece, const Moments& run) {
     Plan cached = plan;
     cached.past_cache = false;
     Piece single = piece;
     single.count = 1;
-    convolve_piece<T, false>(cached, single, {});
+    const int64_t begin = piece.block * plan.block, end = least(begin + plan.block, plan.pairs);
+    for (int64_t i = 0; i < (end - begin) * kPair; ++i) run.pivot[i] = run.sum[i] = run.square[i] = 0.0f;
+    convolve_piece<T, form>(cached, single, run);
     const int64_t pixel = (piece.image * plan.out_height + piece.row) * plan.out_width + piece.first;
     const T* y = static_cast<const T*>(plan.args.y) + pixel * plan.args.channels;
-    const int64_t begin = piece.block * plan.block, end = least(begin + plan.block, plan.pairs);
     for (int64_t pair = begin; pair < end; ++pair) {
         const int channels = static_cast<int>(least(plan.args.channels - pair * kPair, kPair));
         const int64_t to = (pair - begin) * kPair;
@@ -226,8 +232,9 @@ void begin_run(const Plan& plan, const Piece& piece, const Moments& run) {
     }
 }
 
-template <class T, bool kMoments>
+template <class T, Form form>
 void convolve(const Plan& plan, int64_t begin, int64_t end, const Team& team) {
+    constexpr bool kMoments = form != Form::affine;
     // `begin` and `end` count pieces of whole blocks; there are few blocks, so the way to the first is short.
     const int64_t in_block = plan.pieces;
     for (int64_t unit = begin / in_block * in_block; unit < end; unit += in_block) {
@@ -241,8 +248,8 @@ void convolve(const Plan& plan, int64_t begin, int64_t end, const Team& team) {
         if (kMoments) moments = {team.pivot, team.sum, team.deviation};
         int64_t count = 0;
         for (int64_t i = from; i < to; ++i) {
-            if (kMoments && count == 0) begin_run<T>(plan, piece, moments);
-            convolve_piece<T, kMoments>(plan, piece, moments);
+            if (kMoments && count == 0) begin_run<T, form>(plan, piece, moments);
+            convolve_piece<T, form>(plan, piece, moments);
             count += piece.count;
             if (kMoments && (i + 1 == to || count >= kRun)) {
                 Statistics into = {team.mean + offset, team.square + offset, team.count[piece.block]};
@@ -269,7 +276,7 @@ bool run(Plan plan, int threads) {
     plan.blocks = ceil_div(plan.pairs, plan.block);
     plan.tap_pairs =
         kHasPairsOfTaps && sizeof(T) == sizeof(bf16) && !moments && has_chains(args) && args.stride == 1;
-    plan.packed_pair = (plan.tap_pairs ? kTapPairs : args.kernel * args.kernel + 1) * kPair;
+    plan.packed_pair = (plan.tap_pairs ? kTapPairs : args.kernel * args.kernel + 3) * kPair;
     const int64_t step = chain_step(args), longer = plan.out_width % step;
     const int64_t chains = longer * ceil_div(plan.out_width / step + 1, kChain) +
                            (least(step, plan.out_width) - longer) * ceil_div(plan.out_width / step, kChain);
@@ -307,8 +314,12 @@ bool run(Plan plan, int threads) {
 #pragma omp parallel for num_threads(teams) schedule(static) if (teams > 1)
         for (int t = 0; t < teams; ++t) {
             const int64_t begin = units * t / teams, end = units * (t + 1) / teams;
-            moments ? convolve<T, true>(plan, begin, end, team[t])
-                    : convolve<T, false>(plan, begin, end, team[t]);
+            if (args.norm.mean != nullptr)
+                convolve<T, Form::normalised>(plan, begin, end, team[t]);
+            else if (moments)
+                convolve<T, Form::statistics>(plan, begin, end, team[t]);
+            else
+                convolve<T, Form::affine>(plan, begin, end, team[t]);
         }
         if (moments) finish<T>(team, teams, args.channels, plan.block * kPair, args.mean, args.variance);
     }
@@ -327,9 +338,9 @@ bool depthwise_conv(const DepthwiseArgs& args, int threads) {
     plan.out_height = ceil_div(args.height, args.stride);
     plan.out_width = ceil_div(args.width, args.stride);
     plan.pairs = ceil_div(args.channels, kPair);
-    const float infinity = 1.0f / 0.0f;
-    plan.low = args.activation == Activation::none ? -infinity : 0.0f;
-    plan.high = args.activation == Activation::relu6 ? 6.0f : infinity;
+    const Activation activation = args.norm.mean != nullptr ? args.norm.activation : args.activation;
+    plan.low = lower_bound(activation);
+    plan.high = upper_bound(activation);
     return args.type == DType::bf16 ? run<bf16>(plan, threads) : run<float>(plan, threads);
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../types.h"
+#include "input_norm.h"
 #include "kernels.h"
 
 struct DepthwiseArgs {
@@ -17,6 +18,7 @@ struct DepthwiseArgs {
     Activation activation;
     float* mean;  // (C,) of the rounded y over N, H, W, the variance biased; or null
     float* variance;
+    InputNorm norm;  // of x, whose padding is zero behind it; only where mean and variance are asked for
 };
 
 // False: out of memory.

@@ -40,9 +40,11 @@ struct Plan {
     int64_t row_blocks;  // of rows * i / row_blocks
     int64_t vectors;     // of channels; the last one ends at the last channel and may overlap the one before
     int64_t channel_blocks;  // of vectors * i / channel_blocks
-    int64_t table;           // floats of (kernel, kernel, padded C)
+    int64_t taps;            // floats of (kernel, kernel, padded C)
+    int64_t table;           // those, and of (2, padded C)
     int teams;
-    float* weight;    // table
+    float* weight;    // taps
+    float* norm;      // (3, padded C)
     float* sums;      // (row_blocks, table)
     float* row_sums;  // (teams, kernel, kernel, kLanes)
     Taps* columns;    // (width)
@@ -75,6 +77,8 @@ Plan make_plan(const DepthwiseBackwardArgs& args, int threads) {
                   args.dilation,
                   args.stride / divisor,
                   args.dilation / divisor,
+                  lower_bound(args.norm.activation),
+                  upper_bound(args.norm.activation),
                   nullptr};
     plan.rows = args.batch * args.height;
     plan.vectors = padded / kLanes;
@@ -83,7 +87,8 @@ Plan make_plan(const DepthwiseBackwardArgs& args, int threads) {
     while (block > kFewestBlockRows && divided_up(plan.rows, block) * plan.channel_blocks < kTasks)
         block /= 2;
     plan.row_blocks = divided_up(plan.rows, block);
-    plan.table = args.kernel * args.kernel * padded;
+    plan.taps = args.kernel * args.kernel * padded;
+    plan.table = plan.taps + (args.norm.mean != nullptr ? 2 * padded : 0);
     const int64_t elements = plan.rows * args.width * args.channels;
     const int64_t useful = smaller(plan.row_blocks * plan.channel_blocks, elements / kElementsPerThread + 1);
     plan.teams = static_cast<int>(larger(1, smaller(threads, useful)));
@@ -93,14 +98,17 @@ Plan make_plan(const DepthwiseBackwardArgs& args, int threads) {
 // One allocation, of which every part begins at a cache line.
 void* allocate(Plan& plan) {
     const int64_t taps = plan.shape.kernel * plan.shape.kernel;
-    const int64_t floats = plan.table * (1 + plan.row_blocks) + plan.teams * taps * kLanes;
+    const int64_t channels = plan.shape.padded_channels;
+    const int64_t floats =
+        plan.taps + 3 * channels + plan.table * plan.row_blocks + plan.teams * taps * kLanes;
     const int64_t bytes = floats * static_cast<int64_t>(sizeof(float)) +
                           plan.shape.width * static_cast<int64_t>(sizeof(Taps)) + kLine;
     void* memory = std::malloc(static_cast<size_t>(bytes));
     if (memory == nullptr) return nullptr;
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
     plan.weight = reinterpret_cast<float*>((address + kLine - 1) / kLine * kLine);
-    plan.sums = plan.weight + plan.table;
+    plan.norm = plan.weight + plan.taps;
+    plan.sums = plan.norm + 3 * channels;
     plan.row_sums = plan.sums + plan.table * plan.row_blocks;
     plan.columns = reinterpret_cast<Taps*>(plan.row_sums + plan.teams * taps * kLanes);
     plan.shape.columns = plan.columns;
@@ -124,6 +132,37 @@ void transpose_weight(const DepthwiseBackwardArgs& args, const Plan& plan) {
             for (int i = 0; i < kLanes; ++i) to[i] = to_float(from[i * taps + t]);
         }
     }
+}
+
+// mean, scale and shift of x in the order of the weights
+void make_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
+    const int64_t padded = plan.shape.padded_channels;
+    for (int64_t v = 0; v < plan.vectors; ++v)
+        for (int i = 0; i < kLanes; ++i) {
+            const int64_t c = first_channel(args, v) + i;
+            float* to = plan.norm + v * kLanes + i;
+            to[0] = args.norm.mean[c];
+            to[padded] = norm_scale(args.norm, c);
+            to[2 * padded] = norm_shift(args.norm, c);
+        }
+}
+
+// What the norm's gradient needs, from the sums of the blocks.
+void reduce_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
+    const int64_t padded = plan.shape.padded_channels;
+    for (int64_t v = 0; v < plan.vectors; ++v)
+        for (int i = 0; i < kLanes; ++i) {
+            const float* from = plan.sums + plan.taps + v * kLanes + i;
+            double sum = 0.0, product = 0.0;
+            for (int64_t block = 0; block < plan.row_blocks; ++block, from += plan.table) {
+                sum += static_cast<double>(from[0]);
+                product += static_cast<double>(from[padded]);
+            }
+            const int64_t c = first_channel(args, v) + i;
+            const double var = static_cast<double>(args.norm.var[c]) + static_cast<double>(args.norm.eps);
+            args.sum_grad[c] = static_cast<float>(sum);
+            args.sum_grad_xhat[c] = static_cast<float>(product / sqrt(var));
+        }
 }
 
 // grad_weight from the sums of the blocks; in fp64, as there may be thousands of them.
@@ -151,20 +190,20 @@ template <class T>
 using RunRow = void(const Row<T>&, const RowShape&);
 
 // What computes a row that `taps` vertical taps reach.
-template <class T, bool kNeedX, bool kNeedWeight>
+template <class T, bool kNeedX, bool kNeedWeight, bool kNorm>
 RunRow<T>* row_kernel(const DepthwiseBackwardArgs& args, int64_t taps) {
-    if (args.kernel != kTaps || taps < 1) return any_row<T, kNeedX, kNeedWeight>;
+    if (args.kernel != kTaps || taps < 1) return any_row<T, kNeedX, kNeedWeight, kNorm>;
     if (args.stride == 1) {
-        if (taps == 1) return row_of_stride_1<T, 1, kNeedX, kNeedWeight>;
-        if (taps == 2) return row_of_stride_1<T, 2, kNeedX, kNeedWeight>;
-        return row_of_stride_1<T, 3, kNeedX, kNeedWeight>;
+        if (taps == 1) return row_of_stride_1<T, 1, kNeedX, kNeedWeight, kNorm>;
+        if (taps == 2) return row_of_stride_1<T, 2, kNeedX, kNeedWeight, kNorm>;
+        return row_of_stride_1<T, 3, kNeedX, kNeedWeight, kNorm>;
     }
-    if (args.stride != 2 || args.dilation != 1) return any_row<T, kNeedX, kNeedWeight>;
-    return taps == 1 ? row_of_stride_2<T, 1, kNeedX, kNeedWeight>
-                     : row_of_stride_2<T, 2, kNeedX, kNeedWeight>;
+    if (args.stride != 2 || args.dilation != 1) return any_row<T, kNeedX, kNeedWeight, kNorm>;
+    return taps == 1 ? row_of_stride_2<T, 1, kNeedX, kNeedWeight, kNorm>
+                     : row_of_stride_2<T, 2, kNeedX, kNeedWeight, kNorm>;
 }
 
-template <class T, bool kNeedX, bool kNeedWeight>
+template <class T, bool kNeedX, bool kNeedWeight, bool kNorm>
 void run_task(const DepthwiseBackwardArgs& args, const Plan& plan, int64_t task, int team) {
     const RowShape& shape = plan.shape;
     const int64_t channels = args.channels;
@@ -178,6 +217,11 @@ void run_task(const DepthwiseBackwardArgs& args, const Plan& plan, int64_t task,
         for (int64_t t = 0; t < taps; ++t)
             for (int64_t v = first; v < last; ++v)
                 store(sums + t * shape.padded_channels + v * kLanes, zero());
+    if (kNorm)
+        for (int64_t v = first; v < last; ++v) {
+            store(sums + plan.taps + v * kLanes, zero());
+            store(sums + plan.taps + shape.padded_channels + v * kLanes, zero());
+        }
 
     const int64_t end = plan.rows * (row_block + 1) / plan.row_blocks;
     for (int64_t r = plan.rows * row_block / plan.row_blocks; r < end; ++r) {
@@ -186,7 +230,7 @@ void run_task(const DepthwiseBackwardArgs& args, const Plan& plan, int64_t task,
         Row<T> row;
         row.taps = taps_at(args, r % args.height, args.out_height);
         row.row_sums = plan.row_sums + team * taps * kLanes;
-        RunRow<T>* const run = row_kernel<T, kNeedX, kNeedWeight>(args, row.taps.count);
+        RunRow<T>* const run = row_kernel<T, kNeedX, kNeedWeight, kNorm>(args, row.taps.count);
         for (int64_t v = first; v < last; ++v) {
             const int64_t c = first_channel(args, v);
             row.x = static_cast<const T*>(args.x) + x + c;
@@ -194,12 +238,14 @@ void run_task(const DepthwiseBackwardArgs& args, const Plan& plan, int64_t task,
             row.grad_x = kNeedX ? static_cast<T*>(args.grad_x) + x + c : nullptr;
             row.weight = plan.weight + v * kLanes;
             row.sums = sums + v * kLanes;
+            row.norm = plan.norm + v * kLanes;
+            row.norm_sums = kNorm ? sums + plan.taps + v * kLanes : nullptr;
             run(row, shape);
         }
     }
 }
 
-template <class T, bool kNeedX, bool kNeedWeight>
+template <class T, bool kNeedX, bool kNeedWeight, bool kNorm>
 void run_tasks(const DepthwiseBackwardArgs& args, const Plan& plan) {
     const int64_t tasks = plan.row_blocks * plan.channel_blocks;
     const int teams = plan.teams;
@@ -207,17 +253,19 @@ void run_tasks(const DepthwiseBackwardArgs& args, const Plan& plan) {
 #pragma omp parallel for num_threads(teams) schedule(static) if (teams > 1)
     for (int team = 0; team < teams; ++team)
         for (int64_t task = tasks * team / teams; task < tasks * (team + 1) / teams; ++task)
-            run_task<T, kNeedX, kNeedWeight>(args, plan, task, team);
+            run_task<T, kNeedX, kNeedWeight, kNorm>(args, plan, task, team);
 }
 
 template <class T>
 void run_needed(const DepthwiseBackwardArgs& args, const Plan& plan) {
-    if (args.grad_x != nullptr && args.grad_weight != nullptr)
-        run_tasks<T, true, true>(args, plan);
+    if (args.norm.mean != nullptr)
+        run_tasks<T, true, true, true>(args, plan);
+    else if (args.grad_x != nullptr && args.grad_weight != nullptr)
+        run_tasks<T, true, true, false>(args, plan);
     else if (args.grad_x != nullptr)
-        run_tasks<T, true, false>(args, plan);
+        run_tasks<T, true, false, false>(args, plan);
     else if (args.grad_weight != nullptr)
-        run_tasks<T, false, true>(args, plan);
+        run_tasks<T, false, true, false>(args, plan);
 }
 
 }  // namespace
@@ -230,9 +278,11 @@ bool depthwise_conv_backward(const DepthwiseBackwardArgs& args, int threads) {
     if (memory == nullptr) return false;
     const bool wide_weight = args.weight_dtype == DType::f32;
     wide_weight ? transpose_weight<float>(args, plan) : transpose_weight<bf16>(args, plan);
+    if (args.norm.mean != nullptr) make_norm(args, plan);
     for (int64_t w = 0; w < args.width; ++w) plan.columns[w] = taps_at(args, w, args.out_width);
     args.dtype == DType::f32 ? run_needed<float>(args, plan) : run_needed<bf16>(args, plan);
     if (args.grad_weight != nullptr) wide_weight ? reduce<float>(args, plan) : reduce<bf16>(args, plan);
+    if (args.norm.mean != nullptr) reduce_norm(args, plan);
     std::free(memory);
     return true;
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "../types.h"
+#include "input_norm.h"
 #include "kernels.h"
 
 // Gradients of y = depthwise_conv(x, weight) with padding = dilation * (kernel / 2). Activations are packed
@@ -24,6 +25,11 @@ struct DepthwiseBackwardArgs {
     int64_t kernel;  // odd
     int64_t stride;
     int64_t dilation;
+    // With a norm of x, grad_x is the gradient of the norm's result where the activation let it pass; both
+    // gradients are needed then, and (C,) the sums of grad_x and of its product with the normalised x.
+    InputNorm norm;
+    float* sum_grad;
+    float* sum_grad_xhat;
 };
 
 // With at most `threads` threads; the result does not depend on their number. False: out of memory.

@@ -159,6 +159,13 @@ template <>
     return kBf16Interleaved ? c % 2 * kLanes + c / 2 : c;
 }
 
+// What becomes of input and result.
+enum class Form {
+    affine,      // scale, shift and activation of the result
+    statistics,  // its moments
+    normalised,  // its moments, where the input is normalised and activated as it is loaded
+};
+
 // Deviations of the rounded result from a pivot, summed for each channel of a packed pair.
 struct Moments {
     float* pivot;
@@ -183,13 +190,14 @@ template <class T>
 struct Chain {
     const T* row[3];      // the live rows at the centre of output 0
     const float* weight;  // the taps of those rows, then
-    const float* shift;   // both packed
+    const float* shift;   // both packed, as
+    const float *in_scale, *in_shift;
     T* y;
     int64_t step;  // elements from one column of the chain to the next, of x and of y
     int64_t count;
     int64_t below;  // elements from the last live row to the next that the piece below this one reads, or 0
     bool left, right;  // whether the first and the last tap of the chain are inside the image
-    float low, high;   // bounds of the activation
+    float low, high;   // bounds of the activation, of x where that is normalised
     bool past_cache;   // where `stream_pair` can, y goes straight to memory
     bool deferred;     // depthwise_pairs.h: y is written once all of the chain has been read
     Moments moments;
@@ -197,20 +205,28 @@ struct Chain {
 };
 
 // Results with moments have no activation and no shift, which leaves registers to their sums.
-template <class T, bool kTail, bool kMoments>
+template <class T, bool kTail, Form form>
 struct Output {
+    static constexpr bool kMoments = form != Form::affine;
     const Chain<T>& chain;
     const bool past_cache = kCanStream<T> && chain.past_cache;
     const Vec low = set1(chain.low), high = set1(chain.high);
     const Pair shift = kMoments ? set_pair(0.0f) : load_packed(chain.shift);
-    Pair pivot, sum, square;
+    Pair pivot, sum, square, in_scale, in_shift;
 
     explicit Output(const Chain<T>& of) : chain(of) {
+        if (form == Form::normalised) {
+            in_scale = load_packed(chain.in_scale);
+            in_shift = load_packed(chain.in_shift);
+        }
         if (!kMoments) return;
         pivot = load_packed(chain.moments.pivot);
         sum = square = set_pair(0.0f);
     }
-    Pair read(const T* p) const { return kTail ? load_pair(p, chain.channels) : load_pair(p); }
+    Pair read(const T* p) const {
+        const Pair x = kTail ? load_pair(p, chain.channels) : load_pair(p);
+        return form == Form::normalised ? clamp(fma(x, in_scale, in_shift), low, high) : x;
+    }
     void write(int64_t j, Pair x) {
         if (!kMoments) x = clamp(x, low, high);
         T* const y = chain.y + j * chain.step;
@@ -231,7 +247,7 @@ struct Output {
 };
 
 // 3x3. kRows: how many of the three rows of taps are inside the image
-template <class T, int kRows, int kStride, bool kTail, bool kMoments>
+template <class T, int kRows, int kStride, bool kTail, Form form>
 void convolve_chain(const Chain<T>& chain) {
     Pair w[kRows][3];
 #pragma GCC unroll 3
@@ -239,7 +255,7 @@ void convolve_chain(const Chain<T>& chain) {
 #pragma GCC unroll 3
         for (int k = 0; k < 3; ++k) w[r][k] = load_packed(chain.weight + (3 * r + k) * kPair);
     const int64_t step = chain.step, count = chain.count;
-    Output<T, kTail, kMoments> output(chain);
+    Output<T, kTail, form> output(chain);
     const Pair shift = output.shift;
     const T* row[kRows];
     for (int r = 0; r < kRows; ++r) row[r] = chain.row[r];

@@ -46,6 +46,46 @@ def conv_norm_act(
     return norm_act(convolve(x, conv), norm, activation, residual)
 
 
+def conv_norm_act_depthwise(
+    x: Tensor,
+    conv: nn.Module,
+    norm: nn.Module,
+    depthwise: nn.Module,
+    depthwise_norm: nn.Module,
+    activation: str = "relu",
+) -> Tensor:
+    """conv_norm_act(conv_norm_act(x, conv, norm, activation), depthwise, depthwise_norm, activation).
+
+    In training the result between them is not kept, nor written at all, where that is one op.
+    """
+    x = convolve(x, conv)
+    if not _normalises_as_it_convolves(x, norm, depthwise, depthwise_norm, activation):
+        return conv_norm_act(norm_act(x, norm, activation), depthwise, depthwise_norm, activation)
+    x = x.contiguous(memory_format=torch.channels_last)  # once for all that follows
+    mean, var = ops.batch_norm_statistics(x)
+    _move_statistics(x, mean, var, norm)
+    y, *moments = ops.depthwise_conv_normalised(
+        *(x, depthwise.weight, mean, var, norm.weight, norm.bias),
+        eps=norm.eps,
+        activation=activation,
+        stride=depthwise.stride[0],
+        dilation=depthwise.dilation[0],
+    )
+    return _normalise(y, *moments, depthwise_norm, activation, None)
+
+
+def _normalises_as_it_convolves(
+    x: Tensor, norm: nn.Module, depthwise: nn.Module, depthwise_norm: nn.Module, activation: str
+) -> bool:
+    return (
+        activation in FUSED
+        and ops.has_kernel("depthwise_conv_normalised", x)
+        and _is_plain_depthwise(depthwise)
+        and all(_is_plain_batch_norm(n) and n.training for n in (norm, depthwise_norm))
+        and not (type(norm) is SyncBatchNorm2d and norm.processes())
+    )
+
+
 def convolve(x: Tensor, conv: nn.Module) -> Tensor:
     """conv(x): (N, C, H, W) -> (N, C', H', W')."""
     if _is_fast_depthwise(x, conv):
@@ -77,6 +117,12 @@ def _normalise(
     """Batch norm in training with the statistics of x, which also move the running ones, as nn.BatchNorm2d does."""
     if type(norm) is SyncBatchNorm2d and (group := norm.processes()):
         return norm.normalise(x, mean, var, group, activation, residual)
+    _move_statistics(x, mean, var, norm)
+    return ops.batch_norm_act(x, mean, var, norm.weight, norm.bias, residual, eps=norm.eps, activation=activation)
+
+
+def _move_statistics(x: Tensor, mean: Tensor, var: Tensor, norm: nn.BatchNorm2d) -> None:
+    """The running statistics by those of x, the variance biased. Raises ValueError where x has one value a channel."""
     count = x.numel() // x.shape[1]
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
@@ -85,7 +131,6 @@ def _normalise(
             move_statistics(norm, mean, var * (count / (count - 1)))
         else:  # an empty batch has no statistics
             norm.num_batches_tracked.add_(1)
-    return ops.batch_norm_act(x, mean, var, norm.weight, norm.bias, residual, eps=norm.eps, activation=activation)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

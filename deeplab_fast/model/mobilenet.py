@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .layers import conv_norm_act, is_plain
+from .layers import conv_norm_act, conv_norm_act_depthwise, is_plain
 from .norm import make_conv, make_norm
 from .recompute import run_block
 
@@ -105,8 +105,11 @@ class InvertedResidual(nn.Module):
             y = self.conv(x)
             return y if residual is None else y + residual
         *layers, conv, norm = self.conv
-        for layer in layers:
-            x = layer(x)
+        if len(layers) == 2 and all(is_plain(layer, ConvNormRelu6) for layer in layers):
+            x = conv_norm_act_depthwise(x, *layers[0], *layers[1], "relu6")
+        else:
+            for layer in layers:
+                x = layer(x)
         return conv_norm_act(x, conv, norm, "none", residual)
 
 

@@ -11,6 +11,7 @@ from .batch_norm_act_backward import batch_norm_act_backward, batch_norm_act_bac
 from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
+from .depthwise_conv_normalised import depthwise_conv_normalised, depthwise_conv_normalised_backward
 from .dispatch import has_kernel
 from .kth_largest import kth_largest
 from .normalize_image import normalize_image
@@ -32,6 +33,8 @@ __all__ = [
     "confusion_matrix",
     "depthwise_conv",
     "depthwise_conv_backward",
+    "depthwise_conv_normalised",
+    "depthwise_conv_normalised_backward",
     "depthwise_conv_rates",
     "depthwise_conv_statistics",
     "has_kernel",

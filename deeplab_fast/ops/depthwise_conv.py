@@ -240,7 +240,7 @@ def _native(
         *(native.FLOAT_DTYPES.index(x.dtype), n, h, w, c),
         *(weight.shape[-1], stride, dilation, native.ACTIVATIONS.index(activation)),
         *((m.data_ptr() for m in statistics) if statistics else (0, 0)),
-        torch.get_num_threads(),
+        *((0, 0, 0, 0), 0.0, 0, torch.get_num_threads()),
     )
     return y
 

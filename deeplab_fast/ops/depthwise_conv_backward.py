@@ -105,7 +105,8 @@ def _native(
         *(grad_y.data_ptr(), x.data_ptr(), weight.data_ptr()),
         *(grad_x.data_ptr() if need_x else 0, grad_weight.data_ptr() if need_weight else 0),
         *(native.FLOAT_DTYPES.index(x.dtype), native.FLOAT_DTYPES.index(weight.dtype)),
-        *((*x.shape, *grad_y.shape[2:]), (weight.shape[-1], stride, dilation), torch.get_num_threads()),
+        *((*x.shape, *grad_y.shape[2:]), (weight.shape[-1], stride, dilation)),
+        *((0, 0, 0, 0), 0.0, 0, (0, 0), torch.get_num_threads()),
     )
     return results
 
