@@ -8,6 +8,7 @@ at each call whether the module still is what it was built for, and else calls t
 from __future__ import annotations
 
 import copy
+import copyreg
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -88,7 +89,9 @@ class Accelerated:
         return copied
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
-        function, arguments, *state = super().__reduce_ex__(protocol)
+        function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
+        if function is copyreg.__newobj__:  # which insists on the class of self
+            function = self._original.__new__
         return function, tuple(self._original if a is type(self) else a for a in arguments), *state
 
 
