@@ -277,8 +277,8 @@ def test_once_more_is_once(network) -> None:
     classes = [type(module) for module in accelerate(network).modules()]
     assert accelerated(accelerate(network)) == FOUND
     assert [type(module) for module in network.modules()] == classes
-    network.decoder.block2 = nn.Sequential(SeparableConv2d(14, 8), nn.BatchNorm2d(8), nn.ReLU())
-    assert accelerated(network)["separable convolution, batch norm, ReLU"] == 2
+    network.backbone["layer1"][0] = Residual(8, 8)
+    assert accelerated(network)["batch norm, sum, ReLU"] == 1
     assert accelerated(accelerate(network)) == FOUND
 
 
@@ -510,13 +510,13 @@ def test_who_reads_and_writes_what_is_kept(kind, training: bool) -> None:
     fast = accelerate(copy.deepcopy(plain))
     with torch.no_grad():
         torch.testing.assert_close(fast(image()), plain(image()), rtol=1e-4, atol=1e-5)
-    assert any(name.startswith("batch_norm") for name in ran())
+    assert any(name.startswith("batch_norm") for name in ran()) is (kind is not Broadcasts)
 
 
 class Resizes(nn.Module):
     def __init__(self, **options: object) -> None:
         super().__init__()
-        self.options = options
+        self.options, self.child = options, nn.Identity()
 
     def forward(self, x: list[Tensor]) -> Tensor:
         return torch.cat((F.interpolate(x[0], mode="bilinear", **self.options), x[1]), 1)
