@@ -66,7 +66,7 @@ def accelerated(model: nn.Module) -> dict[str, int]:
 class Accelerated:
     """What an accelerated module's class has beside the module's own class."""
 
-    _original: type[nn.Module]
+    _plain_class: type[nn.Module]
     _plans: dict[bool, Plan]
 
     def _plan(self) -> Plan | None:
@@ -76,11 +76,11 @@ class Accelerated:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs and not _is_recorded(args[0]) and (plan := self._plan()) is not None:
             return plan.forward(self, args[0])
-        return self._original.forward(self, *args, **kwargs)
+        return self._plain_class.forward(self, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         own = type(self)
-        self.__class__ = self._original
+        self.__class__ = self._plain_class
         try:
             copied = copy.deepcopy(self, memo)
         finally:
@@ -91,8 +91,8 @@ class Accelerated:
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
         if function is copyreg.__newobj__:  # which insists on the class of self
-            function = self._original.__new__
-        return function, tuple(self._original if a is type(self) else a for a in arguments), *state
+            function = self._plain_class.__new__
+        return function, tuple(self._plain_class if a is type(self) else a for a in arguments), *state
 
 
 def _is_recorded(x: Any) -> bool:
@@ -121,4 +121,4 @@ def _plans(module: nn.Module) -> dict[bool, Plan]:
 def _subclass(original: type[nn.Module], plans: dict[bool, Plan]) -> type[nn.Module]:
     """With the name of the original, so that it prints and is found as such."""
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (Accelerated, original), same | {"_original": original, "_plans": plans})
+    return type(original.__name__, (Accelerated, original), same | {"_plain_class": original, "_plans": plans})

@@ -106,7 +106,7 @@ def _same(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """What a module was before it was accelerated."""
-    return getattr(type(module), "_original", type(module))
+    return getattr(type(module), "_plain_class", type(module))
 
 
 def is_flat(module: nn.Module) -> bool:
