@@ -298,7 +298,7 @@ def test_pickled_it_is_the_plain_model() -> None:
     loaded = pickle.loads(pickle.dumps(fast))
     assert accelerated(fast) == {"batch norm, ReLU": 1} and accelerated(loaded) == {}
     assert type(loaded) is nn.Sequential
-    assert torch.equal(loaded(image()), plain(image()))
+    torch.testing.assert_close(loaded(image()), plain(image()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("early", [True, False])
