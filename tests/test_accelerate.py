@@ -396,7 +396,8 @@ class Refused(nn.Module):
 
 class AsksForType(Refused):
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if isinstance(x, Tensor) else x
+        y = self.body(x)
+        return y if isinstance(x, Tensor) else y * 2
 
 
 class Draws(Refused):
