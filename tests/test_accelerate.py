@@ -440,7 +440,8 @@ class LooksAtValues(Refused):
 
 class TakesTwo(Refused):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.body(x) if mask is None else x
+        y = self.body(x)
+        return y if mask is None else y * 2
 
 
 REFUSED = [AsksForType, Draws, DrawsFromTorch, Counts, MovesABuffer, LooseTensor, LooksAtValues, TakesTwo]
