@@ -298,7 +298,7 @@ def test_pickled_it_is_the_plain_model() -> None:
     loaded = pickle.loads(pickle.dumps(fast))
     assert accelerated(fast) == {"batch norm, ReLU": 1} and accelerated(loaded) == {}
     assert type(loaded) is nn.Sequential
-    assert torch.equal(loaded(image()), plain(image()))
+    torch.testing.assert_close(loaded(image()), plain(image()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("early", [True, False])
@@ -396,7 +396,8 @@ class Refused(nn.Module):
 
 class AsksForType(Refused):
     def forward(self, x: Tensor) -> Tensor:
-        return self.body(x) if isinstance(x, Tensor) else x
+        y = self.body(x)
+        return y if isinstance(x, Tensor) else y * 2
 
 
 class Draws(Refused):
@@ -439,7 +440,8 @@ class LooksAtValues(Refused):
 
 class TakesTwo(Refused):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.body(x) if mask is None else x
+        y = self.body(x)
+        return y if mask is None else y * 2
 
 
 REFUSED = [AsksForType, Draws, DrawsFromTorch, Counts, MovesABuffer, LooseTensor, LooksAtValues, TakesTwo]

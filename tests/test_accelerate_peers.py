@@ -58,8 +58,8 @@ def outcome(model: nn.Module, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("name", "least"),
     [
-        ("deeplabv3_resnet50", {"batch norm, sum, ReLU": 16, "batch norm, ReLU": 40, "concatenation": 1}),
-        ("deeplabv3_mobilenet_v3_large", {"depthwise convolution, batch norm, ReLU": 6, "batch norm, sum": 4}),
+        ("deeplabv3_resnet50", {"batch norm, sum, ReLU": 16, "batch norm, ReLU": 41, "concatenation": 1}),
+        ("deeplabv3_mobilenet_v3_large", {"depthwise convolution, batch norm, ReLU": 6, "batch norm, sum": 5}),
         ("DeepLabV3 resnet18", {"batch norm, sum, ReLU": 8, "concatenation": 1}),
         ("DeepLabV3Plus resnet18", {"separable convolution, batch norm, ReLU": 5, "upsampling, concatenation": 1}),
         ("DeepLabV3Plus mobilenet_v2", {"depthwise convolution, batch norm, ReLU6": 17, "batch norm, sum": 10}),
@@ -80,8 +80,8 @@ def test_gives_the_same(name: str, least: dict[str, int], monkeypatch: pytest.Mo
         assert dispatch.last_backend("upsample_concat") == dispatch.last_backend("separable_conv") == "native"
     for a, b, truth in zip(actual, outcome(model, x), outcome(exact, x.double()), strict=True):
         scale = truth.norm()
-        # Norms over few pixels blow rounding up: what it does to the model's own results is the measure.
-        assert scale > 0 and (a - truth).norm() <= 10 * (b - truth).norm() + 1e-5 * scale
+        # Norms over few pixels blow rounding up, and a ReLU whose input is near 0 opens or shuts by it.
+        assert scale > 0 and (a - truth).norm() <= 10 * (b - truth).norm() + 1e-3 * scale
     assert fast.state_dict().keys() == model.state_dict().keys() and repr(fast) == repr(model)
 
 
@@ -89,7 +89,8 @@ def test_low_resolution_logits_as_in_the_readme() -> None:
     model = accelerate(built("DeepLabV3Plus resnet18")).eval()
     x, mask = torch.randn(2, 3, 64, 96), torch.randint(0, 5, (2, 64, 96), dtype=torch.uint8)
     with torch.no_grad():
-        low = model.segmentation_head[0](model.decoder(model.encoder(x)))
+        head, *_ = model.segmentation_head
+        low = head(model.decoder(model.encoder(x)))
         loss, _, _ = ops.upsample_cross_entropy(low, mask, align_corners=True)
         labels = ops.upsample_argmax(low, x.shape[-2:], align_corners=True)
         full = model(x)

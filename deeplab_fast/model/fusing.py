@@ -241,9 +241,10 @@ class Rewriting:
             return None
         if node.op != "call_function" or node.target is not F.interpolate or len(node.args) != 1:
             return None
-        options = dict(node.kwargs)
+        options = dict(node.kwargs)  # all of them, as torch passes them on
         found = options.pop("size", None), options.pop("scale_factor", None), options.pop("align_corners", None)
-        return found if options == {"mode": "bilinear"} else None
+        plain = options.pop("mode", None) == "bilinear" and not any(options.values())
+        return found if plain else None
 
     def _child(self, node: fx.Node, before: fx.Node) -> fx.Node:
         """The module that a node calls, as an argument of what is put in place of `before`."""
