@@ -80,7 +80,7 @@ def _normalises_as_it_convolves(
     return (
         activation in FUSED
         and ops.has_kernel("depthwise_conv_normalised", x)
-        and _is_plain_depthwise(depthwise)
+        and is_plain_depthwise(depthwise)
         and all(_is_plain_batch_norm(n) and n.training for n in (norm, depthwise_norm))
         and not (type(norm) is SyncBatchNorm2d and norm.processes())
     )
