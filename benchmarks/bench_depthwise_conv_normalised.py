@@ -87,7 +87,7 @@ def bench_depthwise_conv_normalised(timed, device, name, dtype, variant):
             assert dispatch.last_backend(OP) == variant
         for result, exact in zip(results, expected(name, dtype, device), strict=True):
             bound = 2 * tolerances(x.dtype)[0]
-            if variant == "eager":  # its long sums are rounded more than a kernel's may be
+            if variant == "eager":  # torch 2.13 on AVX-512, fp32: its grad_x is off by 1.5e-3
                 bound = max(bound, 0.02)
             assert (result.double() - exact).norm() <= bound * exact.norm()
 
