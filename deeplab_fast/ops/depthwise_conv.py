@@ -329,8 +329,7 @@ def _triton_statistics(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 # No GPU has timed Triton or the CUDA kernel behind "native" yet, which has no backward; the latter runs in an emulator
 # (tests/test_cuda_emulator_depthwise.py).
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, convolution + affine + ReLU of 2048 x 32 x 64 at dilation 1 / 12 / 18:
-# native 1.6 / 1.07 / 1.10 ms in fp32 and 1.03 / .79 / .61 in bf16, eager 3.2 / 36 / 33 times
-# and 2.4 / 54 / 118 times as long.
+# native 1.9 / 1.4 / 1.3 ms in fp32 and .91 / .82 / .78 in bf16, eager 3.0 / 26 / 27 and 3.8 / 54 / 114 times as long.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
