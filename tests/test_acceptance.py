@@ -28,9 +28,10 @@ def test_camvid_reaches_its_score_within_1000_steps(tmp_path):
     assert max(line["miou"] for line in lines if "miou" in line) >= 0.55
 
 
-def test_committed_record_is_of_the_preset_and_reaches_the_score():
-    """The README's figures come from this record."""
-    record = Path(__file__).parent.parent / "benchmarks" / "results" / "camvid.jsonl"
+@pytest.mark.parametrize("name", ["camvid", "camvid_kernels"])
+def test_committed_record_is_of_the_preset_and_reaches_the_score(name):
+    """The README's figures come from these records."""
+    record = Path(__file__).parent.parent / "benchmarks" / "results" / f"{name}.jsonl"
     first, *lines = [json.loads(line) for line in record.read_text().splitlines()]
     command, _ = parse_train(["--data", "camvid"])
     saved = Config.from_dict(first["config"])  # fields that came later have their defaults, which change nothing
