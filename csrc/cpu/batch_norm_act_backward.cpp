@@ -117,7 +117,8 @@ bool batch_norm_act_reduce(const BatchNormActArgs& args, int threads) {
         for (int64_t i = 0; i < 2 * width; ++i) own[i] += static_cast<double>(floats[i]);
     });
     for (int64_t c = 0; c < args.channels; ++c) {
-        const double rstd = 1.0 / sqrt(static_cast<double>(args.var[c]) + static_cast<double>(args.eps));
+        const double var = args.pixels == 0 ? 0.0 : static_cast<double>(args.var[c]);  // NaN of no pixels
+        const double rstd = 1.0 / sqrt(var + static_cast<double>(args.eps));
         args.first[c] = static_cast<float>(folded(memory, plan, size, args.channels, c));
         args.second[c] = static_cast<float>(rstd * folded(memory + width, plan, size, args.channels, c));
     }

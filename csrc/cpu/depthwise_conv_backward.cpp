@@ -159,9 +159,11 @@ void reduce_norm(const DepthwiseBackwardArgs& args, const Plan& plan) {
                 product += static_cast<double>(from[padded]);
             }
             const int64_t c = first_channel(args, v) + i;
-            const double var = static_cast<double>(args.norm.var[c]) + static_cast<double>(args.norm.eps);
+            const double var =
+                args.batch == 0 ? 0.0 : static_cast<double>(args.norm.var[c]);  // NaN of no pixels
             args.sum_grad[c] = static_cast<float>(sum);
-            args.sum_grad_xhat[c] = static_cast<float>(product / sqrt(var));
+            args.sum_grad_xhat[c] =
+                static_cast<float>(product / sqrt(var + static_cast<double>(args.norm.eps)));
         }
 }
 

@@ -41,6 +41,15 @@ inline Halves add_products(TwoPixels x, Halves w, Halves sum) {
     return {add_products(x.low, w.low, sum.low), add_products(x.high, w.high, sum.high)};
 }
 
+// The first tap's weights turned to 0: it lies outside the image, where an infinite one would make NaN of 0.
+inline Halves second_of(Halves w) {
+    const __m512i kept = _mm512_set1_epi32(static_cast<int>(0xFFFF0000));
+    const auto second = [kept](Vec x) -> Vec {
+        return {_mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(x.v), kept))};
+    };
+    return {second(w.low), second(w.high)};
+}
+
 // packed: (pairs, kTapPairs, kPair)
 void pack_tap_pairs(const DepthwiseArgs& args, float* packed) {
     const bf16* weight = static_cast<const bf16*>(args.weight);
@@ -146,9 +155,10 @@ void convolve_pairs(const Chain<bf16>& chain, int first_tap) {
     Halves previous = none, current = none, next = none;
     __m512i here = kOne ? output.read(last) : nothing;
     if (kTwo && chain.left) current = add_products(column(-step), w[0], current);
-    if (kOne)
-        current = add_products(side_by_side(chain.left ? output.read(last - step) : nothing, here), w_left,
-                               current);
+    if (kOne && chain.left)
+        current = add_products(side_by_side(output.read(last - step), here), w_left, current);
+    else if (kOne)
+        current = add_products(side_by_side(nothing, here), second_of(w_left), current);
     for (int64_t j = 0; j < count; ++j) {
         const int64_t offset = j * step;
         next = none;
@@ -159,11 +169,14 @@ void convolve_pairs(const Chain<bf16>& chain, int first_tap) {
             next = add_products(x, w[0], next);
         }
         if (kOne) {
-            const __m512i beside = j + 1 < count || right ? output.read(last + offset + step) : nothing;
+            const bool inside = j + 1 < count || right;
+            const __m512i beside = inside ? output.read(last + offset + step) : nothing;
             next = add_products(side_by_side(here, beside), w_left, next);
-            const TwoPixels x = side_by_side(nothing, beside);  // widened
-            current.low = fma({_mm512_castsi512_ps(x.low)}, w_right.low, current.low);
-            current.high = fma({_mm512_castsi512_ps(x.high)}, w_right.high, current.high);
+            if (inside) {
+                const TwoPixels x = side_by_side(nothing, beside);  // widened
+                current.low = fma({_mm512_castsi512_ps(x.low)}, w_right.low, current.low);
+                current.high = fma({_mm512_castsi512_ps(x.high)}, w_right.high, current.high);
+            }
             here = beside;
         }
         prefetch(last + offset + below);

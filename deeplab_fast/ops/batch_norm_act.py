@@ -53,7 +53,9 @@ def batch_norm_act_reference(
 ) -> Tensor:
     """Takes the given mean and var; where x needs a gradient, they are differentiated as what they are of x."""
     z = wide(x)  # once: the parts of its gradient cancel, and must not be rounded before they are added
-    if x.requires_grad and torch.is_grad_enabled():
+    if not x.numel():  # has statistics of NaN, which the gradients of weight and bias, both 0, must not meet
+        mean, var = torch.zeros_like(mean), torch.zeros_like(var)
+    elif x.requires_grad and torch.is_grad_enabled():
         own_mean, own_var = batch_norm_act_statistics_reference(z)
         mean = mean.detach() + (own_mean - own_mean.detach())  # the given value with the gradient of x's own
         var = var.detach() + (own_var - own_var.detach())

@@ -84,7 +84,7 @@ def check(
         assert y.stride() == torch.empty(shape).to(memory_format=torch.channels_last).stride()
     if x.numel() == 0:
         y.backward(grad)
-        assert inputs[0].grad.shape == shape and inputs[2].grad.tolist() == [0.0] * shape[1]
+        assert inputs[0].grad.shape == shape and inputs[1].grad.tolist() == inputs[2].grad.tolist() == [0.0] * shape[1]
         return
     wide = leaves(*inputs, dtype=torch.float64)
     expected = truth(*wide, activation)

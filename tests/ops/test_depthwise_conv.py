@@ -211,10 +211,11 @@ def check_equal_nan(given: list[Tensor], activation: str, backend: str) -> None:
 
 
 @on_each_kernel
+@in_each_dtype
 @pytest.mark.parametrize("shape, dilation", [((2, 9, 5, 30), 5), ((2, 9, 30, 5), 5), ((1, 9, 5, 6), 60)], ids=str)
-def test_taps_outside_for_every_pixel_are_not_computed(backend, device, shape, dilation):
+def test_taps_outside_for_every_pixel_are_not_computed(backend, device, shape, dilation, dtype):
     """Infinite weights there would make NaN of the zeros outside."""
-    x, weight, scale, shift = (t.to(device) for t in tensors(shape, 3, torch.float32))
+    x, weight, scale, shift = (t.to(device) for t in tensors(shape, 3, dtype))
     inside = weight.clone()
     if shape[2] <= dilation:
         weight[:, :, [0, 2]], inside[:, :, [0, 2]] = torch.inf, 0
