@@ -27,10 +27,10 @@ void forward(const BatchNormActArgs& args, const Tables& t, int64_t begin, int64
                       shift = get(t.shift + c, part);
             for (int r = 0; r < count.value; ++r) {
                 const int64_t i = r * stride + c;
-                fetch(x + i + ahead);
+                prefetch(x + i, ahead);
                 Vec z = fma(get(x + i, part) - mean, scale, shift);
                 if (residual != nullptr) {
-                    fetch(residual + i + ahead);
+                    prefetch(residual + i, ahead);
                     z = z + get(residual + i, part);
                 }
                 put<past_caches>(y + i, activate<activation>(z), part);

@@ -32,8 +32,8 @@ void reduce(const BatchNormActArgs& args, const Tables& t, int64_t begin, int64_
             Vec s = get(sum + c, part), p = get(product + c, part);
             for (int r = 0; r < count.value; ++r) {
                 const int64_t i = r * stride + c;
-                fetch(x + i + ahead);
-                fetch(grad + i + ahead);
+                prefetch(x + i, ahead);
+                prefetch(grad + i, ahead);
                 const Vec d = get(x + i, part) - mean;
                 const Vec g = masked<T, activation, from_y>(get(grad + i, part), d, scale, shift,
                                                             y + (from_y ? i : 0), part);
@@ -67,8 +67,8 @@ void apply(const BatchNormActArgs& args, const Tables& t, int64_t begin, int64_t
                 const Vec g = masked<T, activation, from_y>(get(grad + i, part), d, scale, shift,
                                                             y + (from_y ? i : 0), part);
                 const Vec grad_x = frozen ? scale * g : fma(scale, g, fma(slope, d, offset));
-                if (!frozen) fetch(x + i + ahead);
-                fetch(grad + i + ahead);
+                if (!frozen) prefetch(x + i, ahead);
+                prefetch(grad + i, ahead);
                 put<past_caches>(result + i, grad_x, part);
                 if (passed == nullptr) continue;
                 put<past_caches>(passed + i, g, part);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batch_norm_act.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace {
@@ -39,19 +40,11 @@ inline void put(T* p, Vec x, Part part) {
     store(p, x, part.n);
 }
 
-// Four rows at a time are too short a run for the processor to see where the next reading is. In elements:
+// Four rows at a time are too short a run for the processor to see where the next reading is. In bytes:
 template <class T>
 inline int64_t distance_ahead(int64_t stride) {
-    const int64_t next = kRows * stride, size = static_cast<int64_t>(sizeof(T));
-    return next * size <= kFarthest ? next : kAhead / size;
-}
-template <class T>
-inline void fetch(const T* p) {
-#ifdef __GNUC__
-    __builtin_prefetch(p);
-#else
-    (void)p;
-#endif
+    const int64_t next = kRows * stride * static_cast<int64_t>(sizeof(T));
+    return next <= kFarthest ? next : kAhead;
 }
 
 // Bodies capture by value: a vector's store may alias anything, so that what is captured by reference would

@@ -55,7 +55,7 @@ void moments_of_tile(const T* x, int64_t begin, int64_t end, int64_t stride, int
             const Vec pivot = get(to.pivot + c, part);
             Vec sum = get(to.sum + c, part), square = get(to.square + c, part);
             for (int r = 0; r < count.value; ++r) {
-                fetch(from + r * stride + c + ahead);
+                prefetch(from + r * stride + c, ahead);
                 const Vec d = get(from + r * stride + c, part) - pivot;
                 sum = sum + d;
                 square = fma(d, d, square);

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "../confusion_matrix.h"
+#include "prefetch.h"
 #include "vec.h"
 
 namespace {
@@ -21,11 +22,8 @@ constexpr int kFewRuns = 20;  // in a block: from there on single pixels are fas
 
 // The counting of a mixed block fills the reorder buffer, so that no load of the next one would start early.
 template <class T>
-void prefetch(const T* block) {
-#ifdef __GNUC__
-    const char* line = reinterpret_cast<const char*>(block) + kAhead;
-    for (size_t i = 0; i < kBlock * sizeof(T); i += 64) __builtin_prefetch(line + i);
-#endif
+void prefetch_block(const T* block) {
+    for (size_t i = 0; i < kBlock * sizeof(T); i += 64) prefetch(block, kAhead + static_cast<int64_t>(i));
 }
 
 template <class P, class T>
@@ -163,8 +161,8 @@ void count_pixels(const P* prediction, const T* target, int64_t pixels, uint32_t
             table[0][confusion_bin(prediction[i], target[i], classes, has_ignore, ignore)] += kBlock;
             continue;
         }
-        prefetch(prediction + i);
-        prefetch(target + i);
+        prefetch_block(prediction + i);
+        prefetch_block(target + i);
 #ifdef __AVX512F__
         if (few) {
             uint16_t bin[kBlock];

@@ -7,13 +7,8 @@
 #pragma once
 
 #include "input_norm.h"
+#include "prefetch.h"
 #include "vec.h"
-
-#ifdef __GNUC__
-#define ALWAYS_INLINE inline __attribute__((always_inline))
-#else
-#define ALWAYS_INLINE inline
-#endif
 
 namespace {
 
@@ -50,16 +45,6 @@ struct RowShape {
     float low, high;      // bounds of the activation of x
     const Taps* columns;  // (width), for any_row
 };
-
-// The next row of x, grad_x and grad_y, while this one is computed: its columns are too far apart for the
-// processor to see what comes. What lies behind the last row is fetched in vain.
-template <class T>
-ALWAYS_INLINE void prefetch(const T* p, int64_t ahead) {
-#ifdef __GNUC__
-    __builtin_prefetch(
-        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + static_cast<uintptr_t>(ahead)), 0, 2);
-#endif
-}
 
 // With kNorm, what was convolved is the normalised and activated x; without, x.
 template <bool kNorm>
@@ -125,7 +110,9 @@ struct Pixels {
     ALWAYS_INLINE void column(int64_t offset, Vec (&g)[kRows]) const {
 #pragma GCC unroll 3
         for (int i = 0; i < kRows; ++i) g[i] = load(grad_y[i] + offset);
-        prefetch(grad_y[0] + offset, ahead_y);
+        // The next row of grad_y, and below of x and grad_x, while this one is computed: its columns are too
+        // far apart for the processor to see what comes. What lies behind the last row is fetched in vain.
+        prefetch<2>(grad_y[0] + offset, ahead_y);
     }
 
     // The tap j of every row, which reaches the column g of grad_y.
@@ -143,8 +130,8 @@ struct Pixels {
     ALWAYS_INLINE void pixel(const T* x, T* grad_x, const Vec (&left)[kRows], const Vec (&straight)[kRows],
                              const Vec (&right)[kRows]) {
         const Vec raw = kNeedWeight ? load(x) : zero(), here = norm.input(raw);
-        if (kNeedWeight) prefetch(x, ahead_x);
-        if (kNeedX) prefetch(grad_x, ahead_x);
+        if (kNeedWeight) prefetch<2>(x, ahead_x);
+        if (kNeedX) prefetch<2>(grad_x, ahead_x);
         Vec grad = zero();
         if (kStraight) add<1>(straight, here, grad);
         if (kLeft) add<2>(left, here, grad);

@@ -179,7 +179,7 @@ void convolve_pairs(const Chain<bf16>& chain, int first_tap) {
             }
             here = beside;
         }
-        prefetch(last + offset + below);
+        prefetch<2>(last + offset + below);
         if (j > 0) output.write(j - 1, previous);
         previous = current;
         current = next;

@@ -6,6 +6,7 @@
 // never read.
 #pragma once
 
+#include "prefetch.h"
 #include "vec.h"
 
 namespace {
@@ -175,15 +176,6 @@ struct Moments {
 
 constexpr int64_t kChain = 16;  // outputs at most
 
-// To the second-level cache; the first's sets hold few lines that are a power of two apart.
-[[maybe_unused]] inline void prefetch(const void* p) {
-#ifdef __GNUC__
-    __builtin_prefetch(p, 0, 2);
-#else
-    (void)p;
-#endif
-}
-
 // `count` outputs of a chain, from the first on: y[j] is made of the columns stride * j - 1, + 0 and + 1, in
 // steps of the chain.
 template <class T>
@@ -272,7 +264,8 @@ void convolve_chain(const Chain<T>& chain) {
                 current = fma(w[r][1], x, current);
                 next = fma(w[r][0], x, next);
             }
-            prefetch(row[kRows - 1] + j * step + chain.below);
+            // Not to the first-level cache, whose sets hold few lines that are a power of two apart.
+            prefetch<2>(row[kRows - 1] + j * step + chain.below);
             if (j > 0) output.write(j - 1, previous);
             previous = current;
             current = next;

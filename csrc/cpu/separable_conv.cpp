@@ -12,6 +12,7 @@
 // widened to fp32. Either way the depthwise result is rounded to bf16 first, as two convolutions in bf16 do
 // it.
 
+#include "prefetch.h"
 #include "separable_conv_plan.h"
 
 #ifdef __GNUC__
@@ -147,9 +148,7 @@ struct Fetch {
                 cursor = *rows++;
                 end = cursor + row_bytes;
             }
-#ifdef __GNUC__
-            __builtin_prefetch(cursor, 0, 2);
-#endif
+            prefetch<2>(cursor);
             cursor += 64;
         }
     }

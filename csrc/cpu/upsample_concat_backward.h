@@ -5,19 +5,13 @@
 // order that does not depend on the number of threads.
 #pragma once
 
+#include "prefetch.h"
 #include "upsample_concat_taps.h"
 
 namespace {
 
 constexpr int64_t kCacheBytes = 1 << 18;  // what the gradient's three rows of x may take of the L2
 constexpr int64_t kChannelStep = 64;      // a channel block starts on a cache line
-
-// The pixels of a run lie too far apart, and are too few, for the hardware to see what comes next.
-inline void prefetch(const void* p) {
-#ifdef __GNUC__
-    __builtin_prefetch(p);
-#endif
-}
 
 // A vector of channels of one run. rest: nothing, or how many of its channels there are.
 template <class T, class... Rest>
@@ -26,7 +20,8 @@ void reduce_channels(const T* grad, int64_t stride, const Tap* columns, int64_t 
     Vec to_low = zero(), to_high = zero();
     const int64_t ahead = count * stride;
     for (int64_t i = 0; i < count; ++i, grad += stride) {
-        prefetch(grad + ahead);
+        // The pixels of a run lie too far apart, and are too few, for the hardware to see what comes next.
+        prefetch(grad, ahead * static_cast<int64_t>(sizeof(T)));
         const Vec g = load(grad, rest...);
         to_low = fma(set1(columns[i].weight_low), g, to_low);
         to_high = fma(set1(columns[i].weight_high), g, to_high);

@@ -24,6 +24,12 @@
 
 #include "../types.h"
 
+#ifdef __GNUC__
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+#else
+#define ALWAYS_INLINE inline
+#endif
+
 namespace {
 
 struct bf16 {
