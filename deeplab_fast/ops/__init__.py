@@ -11,7 +11,7 @@ from .batch_norm_act_backward import batch_norm_act_backward, batch_norm_act_bac
 from .confusion_matrix import confusion_matrix
 from .depthwise_conv import depthwise_conv, depthwise_conv_rates, depthwise_conv_statistics
 from .depthwise_conv_backward import depthwise_conv_backward
-from .depthwise_conv_normalised import depthwise_conv_normalised, depthwise_conv_normalised_backward
+from .depthwise_conv_normalised import depthwise_conv_normalised
 from .dispatch import has_kernel
 from .kth_largest import kth_largest
 from .normalize_image import normalize_image
@@ -34,7 +34,6 @@ __all__ = [
     "depthwise_conv",
     "depthwise_conv_backward",
     "depthwise_conv_normalised",
-    "depthwise_conv_normalised_backward",
     "depthwise_conv_rates",
     "depthwise_conv_statistics",
     "has_kernel",

@@ -84,7 +84,8 @@ def _native(prediction: Tensor, target: Tensor, num_classes: int, ignore_index: 
 
 
 # AMD EPYC (AVX-512), 2 threads, 1024 x 2048 int64, 19 classes, real-looking maps / random labels: native 1.3 / 1.9 ms,
-# reference 14 / 14, masked torch.bincount 35 / 33, numpy 12 / 10 (benchmarks/results/amd_epyc.json).
+# reference 14 / 14, masked torch.bincount 35 / 33, numpy 12 / 10
+# (benchmarks/results/amd_epyc_counting_and_depthwise.json).
 # The CUDA kernel runs in an emulator (tests/test_cuda_emulator.py) and has not been timed on a GPU.
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),

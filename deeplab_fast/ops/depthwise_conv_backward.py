@@ -19,8 +19,6 @@ from torch import Tensor
 
 from . import dispatch, gpu, native
 
-FEWEST_CHANNELS = 16  # a vector of the widest instruction set: fewer are padded
-
 
 def depthwise_conv_backward_reference(
     grad_y: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, need_x: bool, need_weight: bool
@@ -91,7 +89,7 @@ def _native_why_not(grad_y: Tensor, x: Tensor, weight: Tensor, *_: object) -> st
 def _native(
     grad_y: Tensor, x: Tensor, weight: Tensor, stride: int, dilation: int, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    if missing := max(0, FEWEST_CHANNELS - x.shape[1]):
+    if missing := max(0, native.FEWEST_CHANNELS - x.shape[1]):
         padded = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (grad_y, x))
         wide = _native(*padded, F.pad(weight, (0, 0, 0, 0, 0, 0, 0, missing)), stride, dilation, need_x, need_weight)
         grad_x, grad_weight = _empty(x, weight, need_x, need_weight)

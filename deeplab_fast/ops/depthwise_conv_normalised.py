@@ -30,8 +30,6 @@ from .depthwise_conv import depthwise_conv_reference
 from .depthwise_conv_backward import depthwise_conv_backward_reference
 from .precision import autocast, compute_dtype
 
-FEWEST_CHANNELS = 16  # of the gradient: a vector of the widest instruction set
-
 
 def depthwise_conv_normalised_reference(
     x: Tensor,
@@ -66,6 +64,11 @@ def depthwise_conv_normalised_backward_reference(
     stride: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """grad_z where the activation let it pass, as x; grad_conv_weight; sum_grad and sum_grad_xhat (C,) as mean.
+
+    grad_y: of y's shape and x's dtype; the others as `depthwise_conv_normalised` has checked them. The sums are over
+    this x alone, of what is not rounded yet, and are the gradients of bias and weight.
+    """
     channels = mean, var, weight, bias
     with torch.no_grad():
         z = batch_norm_act_reference(wide(x), *channels, None, eps, "none")
@@ -107,30 +110,6 @@ def depthwise_conv_normalised(
     channels = (mean.detach(), var.detach(), weight, bias)
     inputs = (x, conv_weight, *channels, eps, activation, stride, dilation)
     return dispatch.run("depthwise_conv_normalised", *inputs, backend=backend)
-
-
-def depthwise_conv_normalised_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    conv_weight: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    eps: float,
-    activation: str,
-    stride: int,
-    dilation: int,
-    backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """grad_z where the activation let it pass, as x; grad_conv_weight; sum_grad and sum_grad_xhat (C,) as mean.
-
-    grad_y: of y's shape and x's dtype; the others as `depthwise_conv_normalised` has checked them. The sums are over
-    this x alone, of what is not rounded yet, and are the gradients of bias and weight.
-    """
-    inputs = (grad_y, x, conv_weight, mean, var, weight, bias, eps, activation, stride, dilation)
-    return dispatch.run("depthwise_conv_normalised_backward", *inputs, backend=backend)
 
 
 def _check(x: Tensor, conv_weight: Tensor, activation: str, stride: int, dilation: int, **channels: Tensor) -> None:
@@ -192,7 +171,7 @@ def _native(x: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor,
 def _native_backward(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     *channels, eps, activation, stride, dilation = rest
     c = x.shape[1]
-    if missing := max(0, FEWEST_CHANNELS - c):
+    if missing := max(0, native.FEWEST_CHANNELS - c):
         images = (F.pad(t, (0, 0, 0, 0, 0, missing)) for t in (grad_y, x))
         vectors = (F.pad(t, (0, missing)) for t in channels)
         padded = (*images, F.pad(conv_weight, (0, 0, 0, 0, 0, 0, 0, missing)), *vectors)

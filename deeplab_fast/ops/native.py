@@ -13,6 +13,7 @@ from torch import Tensor
 NOT_BUILT = "deeplab_fast._C is not built"
 FLOAT_DTYPES = (torch.float32, torch.bfloat16)  # of the CPU kernels
 CUDA_FLOAT_DTYPES = (*FLOAT_DTYPES, torch.float16)  # csrc/types.h: DType
+FEWEST_CHANNELS = 16  # of a depthwise gradient: a vector of the widest instruction set; fewer are padded
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)  # csrc/confusion_matrix.h: LabelType
 ACTIVATIONS = ("none", "relu", "relu6")  # csrc/types.h: Activation
 

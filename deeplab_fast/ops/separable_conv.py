@@ -349,8 +349,6 @@ def _concat_why_not(why_not: Callable[..., str | None], x: Tensor, _: Tensor, __
 
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, bf16, 2048 -> 256 at 32 x 64, dilation 12: native 5.7 ms, the product alone
 # 5.0, eager 42, torch.compile 49; fp32: 12.8, 10.2, 45, 42. 304 -> 256 at 128 x 256, bf16: 13.9, 12.9, 22, 20.
-# The kernels for AVX2 in fp32: 37 ms where those for AVX-512 take 37, at 304 -> 256, and 15 where they take 12, at
-# 2048 -> 256.
 # triton was not timed on a GPU yet.
 BACKENDS = {
     "native": dispatch.Backend(functools.partial(_alone, _native_into), _native_why_not, measured=("cpu",)),
