@@ -54,10 +54,10 @@ def tables(about: dict[str, Any], *, whole: bool = False) -> str:
     versions = about["versions"]
     gpu = "driver" in about
     kind = f"driver {about['driver']}, triton {versions['triton']}" if gpu else f"{about['threads']} threads"
-    later = "".join(f"{', '.join(run['ops'])}: {_of_run(run)}. " for run in about.get("later", ()))
     lines = [
-        f"{about['device']}, {kind}, torch {versions['torch']}, {_of_run(about)}. {later}"
-        "How many times slower than ours each is:",
+        f"{about['device']}, {kind}, torch {versions['torch']}, commit {about['commit']}, "
+        f"{about['date']}; copy {about['roof']['copy_gb_s']:.0f} GB/s read + write, bf16 product "
+        f"{about['roof']['matmul_tflop_s']:.2f} TFLOP/s in the same run. How many times slower than ours each is:",
         "",
         *_table(results, "median_ms", "share_of_roof" if gpu else "share_of_copy"),
     ]
@@ -76,15 +76,6 @@ def _named(rows: dict[str, dict[str, float]], variant: str) -> dict[str, float]:
     if re.match(rf"{mine}\b", variant):
         return {}
     return rows.get(re.sub(r"^ours\b", mine, variant), {})
-
-
-def _of_run(about: dict[str, Any]) -> str:
-    """later: ops measured again, whose rows took the place of what the file's own run had."""
-    rates = about["roof"]
-    return (
-        f"commit {about['commit']}, {about['date']}; copy {rates['copy_gb_s']:.0f} GB/s read + write, bf16 product "
-        f"{rates['matmul_tflop_s']:.2f} TFLOP/s in the same run"
-    )
 
 
 def _table(results: dict[str, dict[str, dict[str, float]]], key: str, share: str | None) -> list[str]:
