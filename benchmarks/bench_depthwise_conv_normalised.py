@@ -28,7 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @functools.cache
 def case(name: str, dtype: str, device: torch.device) -> tuple[list[Tensor], Tensor]:
-    """x, the convolution's weight, and the norm's weight and bias, all asking for a gradient; and that of y."""
+    """x, the convolution's weight, and the norm's weight and bias, all asking for a gradient; and that of y.
+
+    No normalised x lies at a bend of ReLU6, where a statistic's last digits decide whether a gradient passes: torch's
+    are off by 3e-6 in fp32, which 8 of 65,536 pixels turn into a gradient that is off by 1e-3.
+    """
     shape, stride, _ = DEPTHWISE_NORMALISED[name]
     generator = torch.Generator().manual_seed(0)
     sizes = shape, (*shape[:2], *((size - 1) // stride + 1 for size in shape[2:]))
@@ -38,6 +42,8 @@ def case(name: str, dtype: str, device: torch.device) -> tuple[list[Tensor], Ten
     )
     conv_weight = torch.randn((shape[1], 1, 3, 3), generator=generator).to(device, DTYPES[dtype])
     weight, bias = (torch.rand(shape[1], generator=generator).to(device) + 0.5 for _ in range(2))
+    z = F.batch_norm(x.double(), None, None, weight.double(), bias.double(), training=True)
+    x[(z.abs() < 1e-4) | ((z - 6).abs() < 1e-4)] += 0.05
     return [t.requires_grad_() for t in (x, conv_weight, weight, bias)], grad
 
 
@@ -86,10 +92,7 @@ def bench_depthwise_conv_normalised(timed, device, name, dtype, variant):
         if of_op:
             assert dispatch.last_backend(OP) == variant
         for result, exact in zip(results, expected(name, dtype, device), strict=True):
-            bound = 2 * tolerances(x.dtype)[0]
-            if variant == "eager":  # torch 2.13 on AVX-512, fp32: its grad_x is off by 1.5e-3
-                bound = max(bound, 0.02)
-            assert (result.double() - exact).norm() <= bound * exact.norm()
+            assert (result.double() - exact).norm() <= 2 * tolerances(x.dtype)[0] * exact.norm()
 
     # Statistics read x; forward reads x and writes y; backward reads grad and x and writes a gradient, and once more.
     bytes_moved = (7 * x.numel() + 2 * grad.numel()) * x.element_size()
