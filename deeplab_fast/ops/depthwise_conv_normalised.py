@@ -190,8 +190,9 @@ def _native_backward(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *rest: Any)
     return results
 
 
-# AMD EPYC (AVX-512), 2 threads, torch 2.13, forward and backward, 4 x 96 x 128 x 128 at stride 2: 11.7 ms
-# in fp32 and 4.2 in bf16 with the statistics; batch_norm_act and depthwise_conv_statistics 1.4 and 1.5 times as long.
+# AMD EPYC (AVX-512), 2 threads, torch 2.13, forward and backward, 4 x 96 x 128 x 128 at stride 2: 12 ms in
+# fp32 and 5.7 in bf16 with the statistics; batch_norm_act and depthwise_conv_statistics 1.7 and 1.8 times as long
+# (benchmarks/results/amd_epyc_inverted_residual.md).
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
     "reference": dispatch.Backend(depthwise_conv_normalised_reference, dispatch.always, measured=("cpu", "cuda")),
