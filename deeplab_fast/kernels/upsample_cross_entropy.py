@@ -18,7 +18,7 @@ Without it the gradient would run the losses' loop again in each block of classe
 instructions a class against one load of 4 bytes for 8 classes.
     8 x 19 x 128 x 256 in bf16 to 512 x 1024: 80 M class-pixels, 1.7 G instructions of 32 lanes / 32 = 75 us of the
     H200's issue slots, 170 M exponentials 45 us beside them; 10 MB of logits and 4 of labels read, 17 of logarithms
-    written and read, 20 of gradient written: 16 us at 4.3 TB/s.
+    written and read, 20 of gradient written: 16 us at 4.3 TB/s. Memory at most 37 MB, logarithms and gradient.
 """
 
 from __future__ import annotations
