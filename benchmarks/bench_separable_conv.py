@@ -17,6 +17,7 @@ from deeplab_fast.ops.separable_conv import separable_conv_reference
 from deeplab_fast.testing import assert_close
 
 OP = "separable_conv"
+EPS = 2.0**-20  # plus the variance that is given, exactly 1; torch 2.11 does not take 0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 COMPILED = {"compile": ("aspp", "decoder", "tiny"), "pad_compile": ("aspp",)}  # and the shapes they run at
 VARIANTS = ["native", "triton", "eager", "eager_nchw", "pad", *COMPILED, "product", "product_conv"]
@@ -56,7 +57,8 @@ def layers(x: Tensor, depthwise: Tensor, pointwise: Tensor, *norms: Tensor, dila
     for weight, scale, shift in ((depthwise, *norms[:2]), (pointwise, *norms[2:])):
         groups = x.shape[1] if weight is depthwise else 1
         y = F.conv2d(y, weight, None, 1, padding, dilation if weight is depthwise else 1, groups)
-        y = F.relu(F.batch_norm(y, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0))
+        mean, var = torch.zeros_like(scale), torch.full_like(scale, 1 - EPS)
+        y = F.relu(F.batch_norm(y, mean, var, scale, shift, eps=EPS))
         padding = 0
     return y
 
