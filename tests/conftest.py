@@ -5,6 +5,7 @@ So green is not taken for covered.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -18,10 +19,17 @@ import torch
 
 from deeplab_fast.ops import native
 from deeplab_fast.testing import SKIPPED_BACKEND
+from tests.interpreted import INTERPRET
 
 
 def pytest_configure() -> None:
     torch.backends.cudnn.allow_tf32 = False  # on a GPU a reference in fp32 would else convolve in less
+
+
+def pytest_collection_finish() -> None:
+    if INTERPRET:  # which makes objects by the million and few cycles: a sixth of its time was looking for them
+        gc.freeze()
+        gc.set_threshold(100_000)
 
 
 def backend_summary(skipped: list[tuple[str, str]]) -> str:

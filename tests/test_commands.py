@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.forked import python
 
 SMALL = [
     *("--steps", "3", "--batch-size", "2", "--crop-size", "96", "96", "--width-mult", "0.35", "--workers", "0"),
@@ -28,7 +29,7 @@ def real_data() -> Path:
 
 
 def run(command: str, *arguments: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", f"deeplab_fast.{command}", *map(str, arguments)]
+    argv = [*python(), "-m", f"deeplab_fast.{command}", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(argv, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == status, done.stderr

@@ -26,6 +26,7 @@ from deeplab_fast.data.loader import loader_workers, train_batches
 from deeplab_fast.distributed import ALONE, Processes, start
 from deeplab_fast.errors import UserError
 from deeplab_fast.order import largest_of_all
+from tests.forked import python
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
 
@@ -58,10 +59,17 @@ HARD = [
 ]
 
 
-def launch(count: int, command: str, *arguments: object) -> subprocess.Popen:
-    """`count` processes; 1: without torchrun."""
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m")
-    argv = [sys.executable, "-m", *(torchrun if count > 1 else ()), f"deeplab_fast.{command}", *map(str, arguments)]
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")
+
+
+def job(count: int, *argv: object, agent: list[str] | None = None) -> list[str]:
+    """`python argv...` in `count` processes; 1: without torchrun. agent: the interpreter of torchrun itself."""
+    torchrun = [*(agent or python()), *TORCHRUN, str(count), "--no-python"] if count > 1 else []
+    return [*torchrun, *python(), *map(str, argv)]
+
+
+def launch(count: int, command: str, *arguments: object, agent: list[str] | None = None) -> subprocess.Popen:
+    argv = job(count, "-m", f"deeplab_fast.{command}", *arguments, agent=agent)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -140,9 +148,8 @@ def train_until(tmp_path: Path, count: int, folder: Path, flags: tuple, step: in
         "command.optimise = until\n"
         "run_command(command.main, start)\n"
     )
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count))
-    argv = [sys.executable, *(torchrun if count > 1 else ()), str(script), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = job(count, script, *flags)
     done = subprocess.run(argv, capture_output=True, text=True, env=environment, timeout=300)
     assert (folder / "last.pt").exists(), done.stderr
     assert checkpoint.load(folder / "last.pt")["step"] == step, done.stderr
@@ -299,8 +306,7 @@ def test_a_mistake_after_the_others_last_message_is_told_once(tmp_path):
         "    return 0\n"
         "run_command(main, start)\n"
     )
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(job(2, script), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and done.stderr.count("error: the disk is full") == 1, done.stderr
     assert "deeplab_fast/cli.py" not in done.stderr  # no traceback of ours
 
@@ -323,7 +329,7 @@ def test_the_interpreter_of_one_of_several_is_not_taken_down(tmp_path):
     )
     alone = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert (alone.returncode, alone.stdout.split("\n")) == (3, ["exits", "finalised", ""]), alone.stderr
-    argv = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    argv = [sys.executable, *TORCHRUN, "2", str(script)]  # as users start it
     done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
     assert done.stdout.splitlines() == ["exits", "exits"], done.stderr
     assert re.search(r"exitcode\s*: 2 ", done.stderr), done.stderr
@@ -332,7 +338,8 @@ def test_the_interpreter_of_one_of_several_is_not_taken_down(tmp_path):
 @pytest.fixture
 def running(tmp_path):
     """A job of two that would go on for long, at its third step or later."""
-    process = launch(2, "train", *TINY, "--steps", "100000", "--output", tmp_path / "run")
+    flags = (*TINY, "--steps", "100000", "--output", tmp_path / "run")
+    process = launch(2, "train", *flags, agent=[sys.executable])
     try:
         for _ in range(3600):
             path = tmp_path / "run" / "metrics.jsonl"

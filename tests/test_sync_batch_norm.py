@@ -233,7 +233,10 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder: Path = tmp_path_factory.mktemp("processes")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        torch.multiprocessing.spawn(work, (request.param, str(folder)), request.param)
+        method = "forkserver" if "forkserver" in torch.multiprocessing.get_all_start_methods() else "spawn"
+        if method == "forkserver":  # of one process that has imported this
+            torch.multiprocessing.get_context(method).set_forkserver_preload([__name__])
+        torch.multiprocessing.start_processes(work, (request.param, str(folder)), request.param, start_method=method)
     return [torch.load(folder / str(rank), weights_only=False) for rank in range(request.param)]
 
 

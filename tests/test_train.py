@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from deeplab_fast import checkpoint
 from deeplab_fast import train as command
 from deeplab_fast.cli import parse_train
 from deeplab_fast.errors import UserError
+from tests.forked import python
 
 TINY = [
     *("--scene-size", "32", "64", "--crop-size", "32", "64", "--scene-count", "12", "--scene-val-count", "3"),
@@ -45,7 +45,7 @@ def resume(folder: Path, *flags: str) -> Path:
 
 def start(*flags: str, output: Path) -> subprocess.Popen:
     """Train in a process of its own."""
-    argv = [sys.executable, "-m", "deeplab_fast.train", *TINY, *flags, "--output", str(output)]
+    argv = [*python(), "-m", "deeplab_fast.train", *TINY, *flags, "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CXX": "no-compiler"}
     return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

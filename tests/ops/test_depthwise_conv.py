@@ -98,7 +98,10 @@ def check_statistics(x: Tensor, weight: Tensor, backend: str, stride: int = 1, d
 @pytest.mark.parametrize("kernel, stride, dilation", GEOMETRIES)
 def test_matches_reference(backend, device, dtype, kernel, stride, dilation):
     interpreted = backend == "triton" and torch.device(device).type == "cpu"  # by one thread, and slowly
-    for shape in SHAPES[:-1] if interpreted else SHAPES:
+    shapes = SHAPES
+    if interpreted:  # one vector of channels after another; what a dtype changes is how many fill one
+        shapes = SHAPES[3:6:2] if dtype != torch.float32 else SHAPES[:6] if kernel <= 3 else SHAPES[:4]
+    for shape in shapes:
         given = [t.to(device) for t in tensors(shape, kernel, dtype)]
         y = check(given, backend, stride, dilation, "relu")
         assert y.shape == (*shape[:2], -(-shape[2] // stride), -(-shape[3] // stride)) and is_packed(y)

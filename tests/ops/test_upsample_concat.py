@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
@@ -13,11 +12,12 @@ from deeplab_fast.ops import dispatch, native, upsample_concat
 from deeplab_fast.ops.upsample_concat import upsample_concat_reference
 from deeplab_fast.testing import assert_close, backends
 from tests.ahead_of_time import CHIPS, compile_launches, needs_compiler
+from tests.interpreted import INTERPRET, crossed
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 OP, BACKWARD = "upsample_concat", "upsample_concat_backward"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
-on_each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.bfloat16]
+on_each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 on_each_alignment = pytest.mark.parametrize("align_corners", [False, True])
 
 # N, C, C', (h, w), (H, W)
@@ -101,18 +101,20 @@ def check_gradients(x: Tensor, low_level: Tensor, align_corners: bool, backend: 
     assert torch.equal(ours[1], grad[:, x.shape[1] :])
 
 
+def aligned(first: int) -> list[tuple[tuple, torch.dtype, bool]]:
+    """Every shape with aligned corners and without; in the interpreter in turn, so that two tests share them."""
+    pairs = enumerate(crossed(SHAPES, DTYPES), first)
+    return [(*pair, corners) for i, pair in pairs for corners in (False, True) if not INTERPRET or i % 2 == corners]
+
+
 @on_each_backend
-@on_each_dtype
-@on_each_alignment
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype, align_corners", aligned(0), ids=str)
 def test_matches_reference(backend, device, dtype, align_corners, shape):
     check(*make(shape, dtype, device), align_corners, backend)
 
 
 @on_each_backend
-@on_each_dtype
-@on_each_alignment
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape, dtype, align_corners", aligned(1), ids=str)
 def test_gradient(backend, device, dtype, align_corners, shape):
     check_gradients(*make(shape, dtype, device), align_corners, backend)
 
@@ -137,13 +139,16 @@ def test_any_strides_and_alignment(backend, device, dtype):
     x, low_level = make((2, 24, 20, (5, 6), (9, 11)), dtype, device)
     flat = x.flatten()
     unaligned = flat[1 : 1 + 4 * 3 * 24].view(1, 4, 3, 24).permute(0, 3, 1, 2)
-    for a, b in (
+    views = [
         (x.contiguous(), low_level.contiguous()),
         (x[:1, 3:20, 1:, ::2], low_level[1:, ::3, 2:, 1:9]),
         (x.transpose(2, 3), low_level[:1].expand(2, -1, -1, -1)),
         (unaligned, low_level[:1, 1:]),
         (x[:, :1], low_level[:, :1]),
-    ):
+    ]
+    if INTERPRET and dtype != torch.float32:  # what a dtype changes is how many values are aligned
+        views = views[1:4:2]
+    for a, b in views:
         check(a, b, False, backend)
         check_gradients(a, b, False, backend)
 
@@ -329,7 +334,7 @@ def test_other_dtypes_take_the_reference(dtype):
 
 @on_each_backend
 def test_two_runs_are_equal(backend, device):
-    x, low_level = make((2, 19, 3, (5, 7), (20, 28)), torch.float32, device)
+    x, low_level = make((2, 19, 3, (2, 7), (8, 28)) if INTERPRET else SHAPES[1], torch.float32, device)
     runs = []
     for _ in range(2):
         y = upsample_concat(x.requires_grad_(), low_level.requires_grad_(), backend=backend)
