@@ -21,7 +21,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .depthwise_chains import PHASED, blocks, columns_of, convolve, finish, load_weights, packed, pixels, place, plan
+from .depthwise_chains import (
+    PHASED,
+    Norm,
+    blocks,
+    columns_of,
+    convolve,
+    finish,
+    gate,
+    load_norm,
+    load_weights,
+    normalised,
+    packed,
+    pixels,
+    place,
+    plan,
+    save_sums,
+)
 
 OP = "depthwise_conv"
 LARGEST = 3  # kernel whose taps fit a thread's registers
@@ -54,11 +70,12 @@ def _save_statistics(counts, means, squares, index, channels, c, count, mean, sq
 
 @triton.jit
 def _rate(
-    x, y, weight, scale, shift, counts, means, squares, slots, height, width, out_height, out_width, groups,
+    x, y, weight, scale, shift, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps,
+    slots, height, width, out_height, out_width, groups,
     DILATION: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, PHASED: tl.constexpr,
     SPAN: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr, REACH: tl.constexpr,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program's results of one dilation: in SPAN rows of a chain, every SKIP-th is a chain of its own."""
     SKIP: tl.constexpr = DILATION * RATIO // (STRIDE * STEP)
@@ -71,19 +88,23 @@ def _rate(
         scale = tl.load(scale + vector, mask=vector < channels, other=0)
     if shift is not None:
         shift = tl.load(shift + vector, mask=vector < channels, other=0)
+    if in_scale is not None:
+        _, _, in_scale, in_shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
     row_pitch = tl.cast(width, tl.int64) * channels * DILATION
     pitch = tl.cast(out_width, tl.int64) * channels * (SKIP * STEP)
     for i in range(TILES):
         first, column, pixel = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
         there = pixel & (c < channels)
         inside = columns_of(column * STRIDE, width, there, DILATION, REACH)
+        bounds = columns_of(column * STRIDE, width, pixel, DILATION, REACH)
         for part in range(PIECES * CHAINS):
             chain = part % CHAINS
             row = first + (part // CHAINS * SPAN + chain) * STEP
             at = x + ((image * height + row * STRIDE) * width + column * STRIDE) * channels + c
             results = convolve(
                 at, row * STRIDE, height, inside, row_pitch, channels * DILATION, taps, scale, shift,
-                DILATION, RATIO, K, ROWS, HALO, REACH, ACTIVATION, AHEAD,
+                in_scale, in_shift, bounds, DILATION, RATIO, K, ROWS, HALO, REACH, ACTIVATION, IN_ACTIVATION, AHEAD,
+                y.dtype.element_ty,
             )  # fmt: skip
             to = y + ((image * out_height + row) * out_width + column) * channels + c
             for j in tl.static_range(ROWS):
@@ -99,45 +120,51 @@ def _rate(
 @triton.jit
 def _rows(
     x, y0, y1, y2, weight0, weight1, weight2, scale0, scale1, scale2, shift0, shift1, shift2, counts, means, squares,
-    slots, height, width, out_height, out_width, groups,
+    in_mean, in_var, in_scale, in_shift, eps, slots, height, width, out_height, out_width, groups,
     DILATION0: tl.constexpr, DILATION1: tl.constexpr, DILATION2: tl.constexpr,
     REACH0: tl.constexpr, REACH1: tl.constexpr, REACH2: tl.constexpr,
     STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, PHASED: tl.constexpr, SPAN: tl.constexpr,
     PIECES: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    IN_ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x (N, H, W, C) and y (N, Ho, Wo, C), C = groups * VECTOR; weight (K * K, C) each; scale, shift (C,)."""
+    """x (N, H, W, C) and y (N, Ho, Wo, C), C = groups * VECTOR; weight (K * K, C) each; what is per channel (C,)."""
     _rate(
-        x, y0, weight0, scale0, shift0, counts, means, squares, slots, height, width, out_height, out_width, groups,
-        DILATION0, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH0, K, ACTIVATION, AHEAD,
-        VECTOR, BLOCK_W, BLOCK_C,
+        x, y0, weight0, scale0, shift0, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps,
+        slots, height, width, out_height, out_width, groups, DILATION0, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES,
+        TILES, HALO, REACH0, K, ACTIVATION, IN_ACTIVATION, AHEAD, VECTOR, BLOCK_W, BLOCK_C,
     )  # fmt: skip
     if y1 is not None:
         _rate(
-            x, y1, weight1, scale1, shift1, None, None, None, slots, height, width, out_height, out_width, groups,
-            DILATION1, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH1, K, ACTIVATION, AHEAD,
-            VECTOR, BLOCK_W, BLOCK_C,
+            x, y1, weight1, scale1, shift1, None, None, None, None, None, None, None, None,
+            slots, height, width, out_height, out_width, groups, DILATION1, STRIDE, RATIO, STEP, PHASED, SPAN,
+            PIECES, TILES, HALO, REACH1, K, ACTIVATION, "none", AHEAD, VECTOR, BLOCK_W, BLOCK_C,
         )  # fmt: skip
     if y2 is not None:
         _rate(
-            x, y2, weight2, scale2, shift2, None, None, None, slots, height, width, out_height, out_width, groups,
-            DILATION2, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH2, K, ACTIVATION, AHEAD,
-            VECTOR, BLOCK_W, BLOCK_C,
+            x, y2, weight2, scale2, shift2, None, None, None, None, None, None, None, None,
+            slots, height, width, out_height, out_width, groups, DILATION2, STRIDE, RATIO, STEP, PHASED, SPAN,
+            PIECES, TILES, HALO, REACH2, K, ACTIVATION, "none", AHEAD, VECTOR, BLOCK_W, BLOCK_C,
         )  # fmt: skip
 
 
 @triton.jit
 def gather(
-    x, y, weight, scale, shift, counts, means, squares,
+    x, y, weight, scale, shift, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps, gated, sums,
     slots, height, width, out_height, out_width, groups, stride, dilation,
-    K: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """`_rows` for any K, a pixel at a time; TRANSPOSED: its gradient, x and y in each other's place."""
+    """`_rows` for any K, a pixel at a time; TRANSPOSED: its gradient, x and y in each other's place.
+
+    in_scale: TRANSPOSED or not, of the forward's x, in the gradient `gated`; sums (tiles of all images, 2, C)
+    """
     image, tile, channels, c = place(groups, VECTOR, BLOCK_C)
     row, column, pixel = pixels(tile, slots, out_width, 1, 1, 1, BLOCK_W)
     there = pixel & (c < channels)
     vector = tl.broadcast_to(c, (BLOCK_W, BLOCK_C))
+    if in_scale is not None:
+        mean, rstd, in_scale, in_shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
     total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     for tap in range(K * K):
         down, right = (tap // K - K // 2) * dilation, (tap % K - K // 2) * dilation
@@ -150,11 +177,20 @@ def gather(
             live = there & (h >= 0) & (w >= 0)
         at = x + ((image * height + h) * width + w) * channels + c
         value = tl.load(at, mask=live & (h < height) & (w < width), other=0).to(tl.float32)
+        if in_scale is not None and not TRANSPOSED:
+            inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
+            value = normalised(value, in_scale, in_shift, inside, IN_ACTIVATION)
         total += value * tl.load(weight + tap * channels + vector, mask=vector < channels, other=0).to(tl.float32)
     if scale is not None:
         scale = tl.load(scale + vector, mask=vector < channels, other=0)
     if shift is not None:
         shift = tl.load(shift + vector, mask=vector < channels, other=0)
+    if gated is not None:
+        at = gated + ((image * out_height + row) * out_width + column) * channels + c
+        value, none = tl.load(at, mask=there, other=0), tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+        total, sum_grad, product = gate(total, value, pixel, mean, in_scale, in_shift, none, none, IN_ACTIVATION)
+        part = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + tile
+        save_sums(sums, part, sum_grad, product, rstd, channels, c, 2)
     result = finish(total, scale, shift, ACTIVATION, y.dtype.element_ty)
     tl.store(y + ((image * out_height + row) * out_width + column) * channels + c, result, mask=there)
     if counts is not None:
@@ -216,13 +252,16 @@ Rate = tuple[Tensor, Tensor | None, Tensor | None, int]  # weight, scale, shift,
 
 
 def _run_rows(
-    x: Tensor, rates: Sequence[Rate], stride: int, activation: str, statistics: bool
+    x: Tensor, rates: Sequence[Rate], stride: int, activation: str, statistics: bool, norm: Norm | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Up to MOST_RATES results of x in packed channels-last memory, and the parts of the first's statistics."""
+    """Up to MOST_RATES results of x in packed channels-last memory, and the parts of the first's statistics.
+
+    norm: what is applied to x as it is loaded, of one rate
+    """
     n, _, h, w = x.shape
     k = rates[0][0].shape[-1]
     results = [result_of(x, stride) for _ in rates]
-    config = common.configuration(OP, "rows" if len(rates) == 1 else "rates", x)
+    config = common.configuration(OP, "normalised" if norm else "rows" if len(rates) == 1 else "rates", x)
     out_size = tuple(results[0].shape[2:])
     how = plan(x, out_size, k, stride, [rate[3] for rate in rates], config)
     parts = n * how.programs * how.chains["TILES"] * how.chains["PIECES"]
@@ -232,15 +271,18 @@ def _run_rows(
     dilations = [*(rate[3] for rate in rates), *(1 for _ in absent)]
     common.launch(
         _rows, how.grid, x, *(tensor for kind in kinds for tensor in (*kind, *absent)), *(partials or [None] * 3),
-        how.slots, h, w, *out_size, x.shape[1] // how.block["VECTOR"],
+        *(norm or Norm())[:5], how.slots, h, w, *out_size, x.shape[1] // how.block["VECTOR"],
         **{f"DILATION{i}": d for i, d in enumerate(dilations)},
         **{f"REACH{i}": k // 2 if d < w else 0 for i, d in enumerate(dilations)},
-        STRIDE=stride, PHASED=PHASED, K=k, ACTIVATION=activation, **how.chains, **how.block, **config,
+        STRIDE=stride, PHASED=PHASED, K=k, ACTIVATION=activation, IN_ACTIVATION=norm.activation if norm else "none",
+        **how.chains, **how.block, **config,
     )  # fmt: skip
     return results, partials
 
 
-def _run_gather(x: Tensor, rate: Rate, stride: int, activation: str, statistics: bool) -> tuple[Tensor, list[Tensor]]:
+def _run_gather(
+    x: Tensor, rate: Rate, stride: int, activation: str, statistics: bool, norm: Norm | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The same for a kernel of any size."""
     weight, scale, shift, dilation = rate
     n, c, _, _ = x.shape
@@ -252,9 +294,10 @@ def _run_gather(x: Tensor, rate: Rate, stride: int, activation: str, statistics:
     partials = _partials(x, n * tiles) if statistics else []
     common.launch(
         gather, (tiles * common.cdiv(c, block["BLOCK_C"]), n),
-        x, result, packed(weight), scale, shift, *(partials or [None] * 3),
+        x, result, packed(weight), scale, shift, *(partials or [None] * 3), *(norm or Norm())[:5], None, None,
         slots, *x.shape[2:], *result.shape[2:], c // block["VECTOR"], stride, dilation,
-        K=weight.shape[-1], TRANSPOSED=False, ACTIVATION=activation, **block, **config,
+        K=weight.shape[-1], TRANSPOSED=False, ACTIVATION=activation,
+        IN_ACTIVATION=norm.activation if norm else "none", **block, **config,
     )  # fmt: skip
     return result, partials
 
@@ -276,13 +319,15 @@ def depthwise_conv(
     return depthwise_conv_rates(x, [(weight, scale, shift, dilation)], stride, activation)[0]
 
 
-def depthwise_conv_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and its mean and biased variance (C,) in fp32."""
+def depthwise_conv_statistics(
+    x: Tensor, weight: Tensor, stride: int, dilation: int, norm: Norm | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and its mean and biased variance (C,) in fp32; with norm of z, which is made of x as x is loaded."""
     rate = weight, None, None, dilation
     if weight.shape[-1] > LARGEST:
-        y, partials = _run_gather(x, rate, stride, "none", True)
+        y, partials = _run_gather(x, rate, stride, "none", True, norm)
     else:
-        (y,), partials = _run_rows(x, [rate], stride, "none", True)
+        (y,), partials = _run_rows(x, [rate], stride, "none", True, norm)
     if x.shape[0] == 0:
         return y, *(x.new_full((x.shape[1],), math.nan, dtype=torch.float32) for _ in range(2))
     return y, *_merged(partials)
