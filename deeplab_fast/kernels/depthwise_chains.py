@@ -105,11 +105,9 @@ def normalised(value, scale, shift, inside, ACTIVATION: tl.constexpr):
 def gate(grad, value, inside, mean, scale, shift, sum_grad, product, ACTIVATION: tl.constexpr):
     """grad where x is inside and the activation let z pass, and the sums with it and it times x - mean added."""
     value = value.to(tl.float32)
-    z = value * scale + shift
     if ACTIVATION != "none":
-        inside = inside & (z > 0.0)
-    if ACTIVATION == "relu6":
-        inside = inside & (z < 6.0)
+        z = value * scale + shift
+        inside = (z > 0.0) & (z < tl.where(inside, 6.0 if ACTIVATION == "relu6" else float("inf"), -1.0))
     grad = tl.where(inside, grad, 0.0)
     return grad, sum_grad + grad, product + grad * (value - mean)
 
@@ -133,6 +131,30 @@ def finish(total, scale, shift, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     if ACTIVATION == "relu6":
         total = tl.minimum(total, 6.0, propagate_nan=tl.PropagateNan.ALL)
     return narrow(total, DTYPE)
+
+
+@triton.jit
+def moments(results, row, pixel, height, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """Count, and mean and sum of squared deviations [1, BLOCK_C], of a tile's results as they were rounded."""
+    count = tl.zeros((1, 1), tl.float32)
+    total = tl.zeros(results[0].shape, tl.float32)
+    for j in tl.static_range(ROWS):
+        live = pixel & (row + j * STEP < height)
+        count += tl.sum(live.to(tl.float32), 0, keep_dims=True)
+        total += tl.where(live, results[j].to(tl.float32), 0)
+    mean = tl.sum(total, 0, keep_dims=True) / tl.maximum(count, 1)
+    square = tl.zeros(results[0].shape, tl.float32)
+    for j in tl.static_range(ROWS):
+        deviation = results[j].to(tl.float32) - mean
+        square += tl.where(pixel & (row + j * STEP < height), deviation * deviation, 0)
+    return count, mean, tl.sum(square, 0, keep_dims=True)
+
+
+@triton.jit
+def save_moments(counts, means, squares, index, channels, c, count, mean, square):
+    tl.store(counts + index + tl.zeros_like(count).to(tl.int32), count)
+    tl.store(means + index * channels + c, mask=c < channels, value=mean)
+    tl.store(squares + index * channels + c, mask=c < channels, value=square)
 
 
 @triton.jit

@@ -27,45 +27,20 @@ from .depthwise_chains import (
     blocks,
     columns_of,
     convolve,
-    finish,
-    gate,
     load_norm,
     load_weights,
-    normalised,
+    moments,
     packed,
     pixels,
     place,
     plan,
-    save_sums,
+    save_moments,
 )
+from .depthwise_gather import gather
 
 OP = "depthwise_conv"
 LARGEST = 3  # kernel whose taps fit a thread's registers
 MOST_RATES = 3  # results of one launch
-
-
-@triton.jit
-def _statistics(results, row, pixel, height, STEP: tl.constexpr, ROWS: tl.constexpr):
-    """Count, and mean and sum of squared deviations [1, BLOCK_C], of a tile's results as they were rounded."""
-    count = tl.zeros((1, 1), tl.float32)
-    total = tl.zeros(results[0].shape, tl.float32)
-    for j in tl.static_range(ROWS):
-        live = pixel & (row + j * STEP < height)
-        count += tl.sum(live.to(tl.float32), 0, keep_dims=True)
-        total += tl.where(live, results[j].to(tl.float32), 0)
-    mean = tl.sum(total, 0, keep_dims=True) / tl.maximum(count, 1)
-    square = tl.zeros(results[0].shape, tl.float32)
-    for j in tl.static_range(ROWS):
-        deviation = results[j].to(tl.float32) - mean
-        square += tl.where(pixel & (row + j * STEP < height), deviation * deviation, 0)
-    return count, mean, tl.sum(square, 0, keep_dims=True)
-
-
-@triton.jit
-def _save_statistics(counts, means, squares, index, channels, c, count, mean, square):
-    tl.store(counts + index + tl.zeros_like(count).to(tl.int32), count)
-    tl.store(means + index * channels + c, mask=c < channels, value=mean)
-    tl.store(squares + index * channels + c, mask=c < channels, value=square)
 
 
 @triton.jit
@@ -111,10 +86,10 @@ def _rate(
                 live = row + j * SKIP * STEP < tl.minimum(out_height, row + (SPAN - chain) * STEP)
                 tl.store(to + j * pitch, results[j], mask=there & live)
             if counts is not None:
-                count, mean, square = _statistics(results, row, pixel, out_height, STEP, ROWS)
+                count, mean, square = moments(results, row, pixel, out_height, STEP, ROWS)
                 programs = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
                 index = ((image * programs + place_) * TILES + i) * PIECES + part
-                _save_statistics(counts, means, squares, index, channels, c, count, mean, square)
+                save_moments(counts, means, squares, index, channels, c, count, mean, square)
 
 
 @triton.jit
@@ -146,57 +121,6 @@ def _rows(
             slots, height, width, out_height, out_width, groups, DILATION2, STRIDE, RATIO, STEP, PHASED, SPAN,
             PIECES, TILES, HALO, REACH2, K, ACTIVATION, "none", AHEAD, VECTOR, BLOCK_W, BLOCK_C,
         )  # fmt: skip
-
-
-@triton.jit
-def gather(
-    x, y, weight, scale, shift, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps, gated, sums,
-    slots, height, width, out_height, out_width, groups, stride, dilation,
-    K: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr,
-    VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`_rows` for any K, a pixel at a time; TRANSPOSED: its gradient, x and y in each other's place.
-
-    in_scale: TRANSPOSED or not, of the forward's x, in the gradient `gated`; sums (tiles of all images, 2, C)
-    """
-    image, tile, channels, c = place(groups, VECTOR, BLOCK_C)
-    row, column, pixel = pixels(tile, slots, out_width, 1, 1, 1, BLOCK_W)
-    there = pixel & (c < channels)
-    vector = tl.broadcast_to(c, (BLOCK_W, BLOCK_C))
-    if in_scale is not None:
-        mean, rstd, in_scale, in_shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for tap in range(K * K):
-        down, right = (tap // K - K // 2) * dilation, (tap % K - K // 2) * dilation
-        if TRANSPOSED:
-            h, w = row - down, column - right
-            live = there & (h >= 0) & (w >= 0) & (h % stride == 0) & (w % stride == 0)
-            h, w = h // stride, w // stride
-        else:
-            h, w = row * stride + down, column * stride + right
-            live = there & (h >= 0) & (w >= 0)
-        at = x + ((image * height + h) * width + w) * channels + c
-        value = tl.load(at, mask=live & (h < height) & (w < width), other=0).to(tl.float32)
-        if in_scale is not None and not TRANSPOSED:
-            inside = (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            value = normalised(value, in_scale, in_shift, inside, IN_ACTIVATION)
-        total += value * tl.load(weight + tap * channels + vector, mask=vector < channels, other=0).to(tl.float32)
-    if scale is not None:
-        scale = tl.load(scale + vector, mask=vector < channels, other=0)
-    if shift is not None:
-        shift = tl.load(shift + vector, mask=vector < channels, other=0)
-    if gated is not None:
-        at = gated + ((image * out_height + row) * out_width + column) * channels + c
-        value, none = tl.load(at, mask=there, other=0), tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-        total, sum_grad, product = gate(total, value, pixel, mean, in_scale, in_shift, none, none, IN_ACTIVATION)
-        part = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + tile
-        save_sums(sums, part, sum_grad, product, rstd, channels, c, 2)
-    result = finish(total, scale, shift, ACTIVATION, y.dtype.element_ty)
-    tl.store(y + ((image * out_height + row) * out_width + column) * channels + c, result, mask=there)
-    if counts is not None:
-        index = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + tile
-        count, mean, square = _statistics((result,), row, pixel, out_height, 1, 1)
-        _save_statistics(counts, means, squares, index, channels, c, count, mean, square)
 
 
 @triton.jit

@@ -26,7 +26,6 @@ from .depthwise_chains import (
     PHASED,
     Norm,
     add,
-    blocks,
     columns_of,
     convolve,
     gate,
@@ -39,7 +38,8 @@ from .depthwise_chains import (
     plan,
     save_sums,
 )
-from .depthwise_conv import LARGEST, gather
+from .depthwise_conv import LARGEST
+from .depthwise_gather import gradients
 
 OP = "depthwise_conv_backward"
 LARGEST_STRIDE = 4  # above it, code for stride * stride pixels of x is more than it is worth
@@ -216,37 +216,6 @@ def _chains(
             tl.store(to, total, mask=c < channels)
 
 
-@triton.jit
-def _products(
-    grad_y, x, parts, in_mean, in_var, in_scale, in_shift, eps,
-    total_pixels, height, width, out_height, out_width, groups, stride, dilation, tiles,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """parts (programs of a channel, K * K, C) of grad_weight for any K: one tap of `tiles` tiles."""
-    channels = groups * VECTOR
-    part = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % tl.cdiv(channels, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    tap = tl.program_id(1)
-    if in_scale is not None:
-        _, _, in_scale, in_shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for i in range(tiles):
-        pixel = (part.to(tl.int64) * tiles + i) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-        line = pixel // out_width
-        h = (line % out_height) * stride + (tap // K - K // 2) * dilation
-        w = (pixel % out_width) * stride + (tap % K - K // 2) * dilation
-        live = (pixel < total_pixels) & (c < channels) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        grad = tl.load(grad_y + pixel * channels + c, mask=live, other=0).to(tl.float32)
-        at = x + ((line // out_height * height + h) * width + w) * channels + c
-        value = tl.load(at, mask=live, other=0).to(tl.float32)
-        if in_scale is not None:
-            inside = (pixel < total_pixels) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-            value = normalised(value, in_scale, in_shift, inside, ACTIVATION)
-        total += grad * value
-    to = parts + (part.to(tl.int64) * (K * K) + tap) * channels + c
-    tl.store(to, tl.sum(total, 0, keep_dims=True), mask=c < channels)
-
-
 def _run_chains(
     grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, need_weight: bool, stride: int, dilation: int,
     norm: Norm | None = None,
@@ -265,39 +234,6 @@ def _run_chains(
         ACTIVATION=norm.activation if norm else "none", **how.chains, **how.block, **config,
     )  # fmt: skip
     return [parts] if need_weight else []
-
-
-def _run_any(
-    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, need_weight: bool, stride: int, dilation: int,
-    norm: Norm | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """The same for any kernel and stride, in two launches."""
-    (n, c, h, w), k = x.shape, weight.shape[-1]
-    out_size = tuple(grad_y.shape[2:])
-    config = common.configuration(OP, "any", x)
-    tiles = config.pop("TILES")
-    block = blocks(c, x.dtype, config.pop("BLOCK_C"), config["num_warps"])
-    vectors, activation = (norm or Norm())[:5], norm.activation if norm else "none"
-    tiles_of_image = common.cdiv(h * w, block["BLOCK_W"])
-    sums = x.new_empty((n * tiles_of_image, 2, c), dtype=torch.float32) if norm else None
-    if grad_x is not None:
-        common.launch(
-            gather, (tiles_of_image * common.cdiv(c, block["BLOCK_C"]), n),
-            grad_y, grad_x, packed(weight), *[None] * 5, *vectors, x if norm else None, sums,
-            h * w, *out_size, h, w, c // block["VECTOR"], stride, dilation,
-            K=k, TRANSPOSED=True, ACTIVATION="none", IN_ACTIVATION=activation, **block, **config,
-        )  # fmt: skip
-    if not need_weight:
-        return []
-    pixels_of_all = n * out_size[0] * out_size[1]
-    tiles = min(tiles, max(1, common.cdiv(pixels_of_all, block["BLOCK_W"])))
-    parts = x.new_empty((common.cdiv(pixels_of_all, block["BLOCK_W"] * tiles), k * k, c), dtype=torch.float32)
-    common.launch(
-        _products, (parts.shape[0] * common.cdiv(c, block["BLOCK_C"]), k * k), grad_y, x, parts, *vectors,
-        pixels_of_all, h, w, *out_size, c // block["VECTOR"], stride, dilation, tiles, K=k, ACTIVATION=activation,
-        **block, **config,
-    )  # fmt: skip
-    return [parts, sums] if norm else [parts]
 
 
 def depthwise_conv_backward(
@@ -337,4 +273,4 @@ def depthwise_conv_normalised_backward(
 
 
 def _runner(weight: Tensor, stride: int) -> Callable[..., list[Tensor]]:
-    return _run_chains if weight.shape[-1] <= LARGEST and stride <= LARGEST_STRIDE else _run_any
+    return _run_chains if weight.shape[-1] <= LARGEST and stride <= LARGEST_STRIDE else gradients
