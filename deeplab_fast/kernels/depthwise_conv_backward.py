@@ -7,8 +7,12 @@ grad_x: at stride 1 the convolution of grad_y with the taps in reverse; above it
 x that belong to a pixel of grad_y gathers the taps that reach it, a choice made when the kernel is compiled.
 Then grad_weight: K * K sums of products for each channel, with grad_y and what the tiles share of x from the cache; as
 one pass over both they would need more registers than a thread has. The parts are added in a fixed order.
-Device memory should bind; a pixel and channel cost about 30 instructions in bf16, 18 of them multiply-adds, as long as
-its 6 bytes take on an H200, so that it may be both.
+A pixel and channel cost 46 instructions in bf16 on sm_90, 18 of them multiply-adds, which take an H200 as long as its 6
+bytes: it may be memory or these that binds.
+Of z = act(batch norm of x), `Norm`: the same 3 T and two more sums a part, for which a pass of their own reads 2 T.
+batch_norm_act_backward's 3 T follow. At stride 1 z is made once of each pixel in either pass, as grad_weight comes
+there from grad_y's taps around x: 66 instructions, which should bind. At stride 2 a pixel of grad_y costs 131 for 18
+bytes, and it may be both.
 """
 
 from __future__ import annotations
