@@ -360,13 +360,14 @@ def test_too_many_images_are_a_reason(backend, device):
 LAUNCHES = [
     ((6, 96, 385, 385), 2, 1, torch.bfloat16),
     ((8, 144, 193, 193), 1, 1, torch.bfloat16),
+    ((8, 960, 49, 49), 1, 2, torch.float32),
     ((8, 144, 193, 193), 2, 1, torch.float32),
     ((8, 192, 97, 97), 2, 1, torch.float16),
     ((8, 384, 49, 49), 1, 1, torch.bfloat16),
     ((8, 576, 49, 49), 1, 1, torch.float16),
     ((8, 960, 49, 49), 1, 2, torch.bfloat16),
-    ((8, 960, 49, 49), 1, 2, torch.float32),
 ]
+MOST_REGISTERS = 2  # of them, at the front: for chips on which the others would take minutes to show no more
 
 
 def launched(chip: int, shape: tuple[int, ...], stride: int, dilation: int, dtype: torch.dtype,
@@ -399,7 +400,7 @@ def check_compiled(kernel: Compiled) -> None:
 @needs_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_ahead_of_time(chip):
-    for case in LAUNCHES:
+    for case in LAUNCHES if chip == 90 else LAUNCHES[:MOST_REGISTERS]:
         found = launched(chip, *case)
         assert {kernel.name for kernel in found} == {"_rows", "_merge", "_chains"}
         for kernel in found:
@@ -411,12 +412,13 @@ def test_compiles_ahead_of_time(chip):
 
 
 @needs_compiler
-@pytest.mark.parametrize("activation", native.ACTIVATIONS)
-def test_compiles_for_sizes_of_one(activation):
+@pytest.mark.parametrize(
+    "activation, shape", [("none", (1, 1, 1, 1)), ("relu", (2, 8, 1, 37)), ("relu6", (1, 5, 41, 1))]
+)
+def test_compiles_for_sizes_of_one(activation, shape):
     """Triton makes constants of them."""
-    for shape in ((1, 1, 1, 1), (2, 8, 1, 37), (1, 5, 41, 1)):
-        for stride, dilation, kernel in ((1, 1, 3), (2, 1, 3), (1, 6, 3), (2, 1, 1), (1, 1, 5)):
-            launched(90, shape, stride, dilation, torch.float32, kernel, activation)
+    for stride, dilation, kernel in ((1, 1, 3), (2, 1, 3), (1, 6, 3), (2, 1, 1), (1, 1, 5)):
+        launched(90, shape, stride, dilation, torch.float32, kernel, activation)
 
 
 @needs_compiler
