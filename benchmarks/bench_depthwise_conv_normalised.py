@@ -1,6 +1,7 @@
 """Batch norm, ReLU6, depthwise 3 x 3 and the statistics of the next norm in training, forward and backward.
 
-"one_by_one" is batch_norm_act and depthwise_conv_statistics, with the activated tensor between them.
+"one_by_one" is batch_norm_act and depthwise_conv_statistics, with the activated tensor between them, on the CPU by what
+`auto` takes and on a GPU by Triton.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def expected(name: str, dtype: str, device: torch.device) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, wide, grad.double())]
 
 
-@pytest.mark.parametrize("variant", ["native", "reference", "one_by_one", "eager"])
+@pytest.mark.parametrize("variant", ["native", "triton", "reference", "one_by_one", "eager"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", DEPTHWISE_NORMALISED)
 def bench_depthwise_conv_normalised(timed, device, name, dtype, variant):
@@ -74,15 +75,17 @@ def bench_depthwise_conv_normalised(timed, device, name, dtype, variant):
     if of_op and (reason := dispatch.OPS[OP].backends[variant].why_not(x, conv_weight)):
         pytest.skip(reason)
 
+    ours = "triton" if device.type == "cuda" and variant != "reference" else "auto"  # kernels that the op is made up to
+
     def forward() -> Tensor:
         if variant == "eager":
             return eager(*inputs, stride, dilation)
-        statistics = batch_norm_statistics(x)
+        statistics = batch_norm_statistics(x, backend=ours)
         if of_op:
             given = (x, conv_weight, *statistics, weight, bias)
             return depthwise_conv_normalised(*given, activation="relu6", backend=variant, **window)[0]
-        z = batch_norm_act(x, *statistics, weight, bias, activation="relu6")
-        return depthwise_conv_statistics(z, conv_weight, **window)[0]
+        z = batch_norm_act(x, *statistics, weight, bias, activation="relu6", backend=ours)
+        return depthwise_conv_statistics(z, conv_weight, **window, backend=ours)[0]
 
     def run() -> list[Tensor]:
         y = forward()

@@ -151,6 +151,12 @@ GPU_SIZES = {
         "mobilenet_stride_2": ((16, 96, 257, 257), 2, 1),
         "mobilenet_960_dilated": ((16, 960, 33, 33), 1, 2),
     },
+    "DEPTHWISE_NORMALISED": {  # MobileNetV2, 16 crops of 513 x 513, output stride 16
+        "mobilenet 16x96": ((16, 96, 257, 257), 2, 1),
+        "mobilenet 16x144": ((16, 144, 129, 129), 1, 1),
+        "mobilenet 16x384": ((16, 384, 33, 33), 1, 1),
+        "mobilenet 16x960": ((16, 960, 33, 33), 1, 2),
+    },
     "BATCH_NORMS": {
         "head": ((16, 256, 128, 128), "relu", False, ("float32", "bfloat16")),
         "resnet_residual": ((16, 1024, 49, 49), "relu", True, ("float32",)),

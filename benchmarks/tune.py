@@ -35,7 +35,9 @@ from deeplab_fast.kernels import common
 # Tried for a launch option, and by name for an op's constant. A constant that is not listed and is a power of two above
 # 1 is halved and doubled, twice.
 OPTIONS = {"num_warps": (1, 2, 4, 8, 16), "num_stages": (1, 2, 3, 4, 5), "maxnreg": (64, 96, 128, 168, 255)}
-CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {}
+CANDIDATES: dict[str, dict[str, tuple[int, ...]]] = {
+    op: {"SPAN": (2, 3, 4, 6, 8)} for op in ("depthwise_conv", "depthwise_conv_backward")
+}
 GAIN = 0.99  # of the time: what saves less than a hundredth is noise
 Configuration = dict[str, int]
 

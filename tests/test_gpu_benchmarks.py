@@ -342,7 +342,8 @@ def test_sizes_for_a_gpu_are_valid_for_their_benchmarks():
     module = lambda name: importlib.import_module(f"benchmarks.bench_{name}")  # noqa: E731
     sizes = shapes.GPU_SIZES
     meta = lambda shape: torch.empty(shape, device="meta", dtype=torch.bfloat16)  # noqa: E731
-    for (n, c, h, w), stride, dilation in [*sizes["DEPTHWISE"].values(), *sizes["DEPTHWISE_BACKWARD"].values()]:
+    convolutions = [row for kind in ("", "_BACKWARD", "_NORMALISED") for row in sizes[f"DEPTHWISE{kind}"].values()]
+    for (n, c, h, w), stride, dilation in convolutions:
         norm = [torch.empty(c, device="meta")] * 4
         x, weight = meta((n, c, h, w)), meta((c, 1, 3, 3))
         y = module("depthwise_conv").eager(x, weight, *norm, stride=stride, dilation=dilation)

@@ -22,7 +22,7 @@ SHARED = {"__init__", "batch_norm_common", "dispatch", "gpu", "native", "precisi
 FORMS = {"depthwise_conv_normalised"}
 OPS = {path.stem for path in (PACKAGE / "ops").glob("*.py")} - SHARED - FORMS
 # What the kernels of several ops share.
-KERNEL_PARTS = {"__init__", "bilinear", "common", "depthwise_chains"}
+KERNEL_PARTS = {"__init__", "bilinear", "common", "depthwise_chains", "depthwise_gather"}
 # Where the kernel of a backend may lie; the reference is in the op's own file.
 KERNELS = {
     "native": ("csrc/cpu/{}.cpp", "csrc/cuda/{}.cu"),

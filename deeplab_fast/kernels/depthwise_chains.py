@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
+from .batch_norm_act import affine
 from .common import narrow
 
 PHASED = 4  # the longest step whose columns stay in their own order: a tile and the taps beside it overlap enough
@@ -77,6 +78,49 @@ def columns_of(column, width, there, DILATION: tl.constexpr, REACH: tl.constexpr
 
 
 @triton.jit
+def load_norm(mean, var, weight, bias, eps, c, channels, BLOCK_W: tl.constexpr):
+    """(mean, rstd, scale, shift) [BLOCK_W, BLOCK_C] of z = x * scale + shift.
+
+    The shift is rounded once, as if the mean were moved by half its last bit: no more than its own sum left it off.
+    """
+    c = tl.broadcast_to(c, (BLOCK_W, c.shape[1]))
+    mean, rstd, scale, shift = affine(mean, var, weight, bias, c, c < channels, eps)
+    return mean, rstd, scale, shift - mean * scale
+
+
+@triton.jit
+def normalised(value, scale, shift, inside, ACTIVATION: tl.constexpr):
+    """z of x as it was loaded, in fp32; 0 where it is not inside, [BLOCK_W, 1]: one mask for a thread's channels."""
+    z = value.to(tl.float32) * scale + shift
+    if ACTIVATION != "none":
+        z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if ACTIVATION == "relu6":  # both in one instruction
+        z = tl.minimum(z, tl.where(inside, 6.0, 0.0), propagate_nan=tl.PropagateNan.ALL)
+    else:
+        z = tl.where(inside, z, 0.0)
+    return z
+
+
+@triton.jit
+def gate(grad, value, inside, mean, scale, shift, sum_grad, product, ACTIVATION: tl.constexpr):
+    """grad where x is inside and the activation let z pass, and the sums with it and it times x - mean added."""
+    value = value.to(tl.float32)
+    if ACTIVATION != "none":
+        z = value * scale + shift
+        inside = (z > 0.0) & (z < tl.where(inside, 6.0 if ACTIVATION == "relu6" else float("inf"), -1.0))
+    grad = tl.where(inside, grad, 0.0)
+    return grad, sum_grad + grad, product + grad * (value - mean)
+
+
+@triton.jit
+def save_sums(sums, part, sum_grad, product, rstd, channels, c, WIDTH: tl.constexpr):
+    """The last two of WIDTH rows of a part: sum_grad and sum_grad_xhat."""
+    to = sums + (part * WIDTH + (WIDTH - 2)) * channels + c
+    tl.store(to, tl.sum(sum_grad, 0, keep_dims=True), mask=c < channels)
+    tl.store(to + channels, tl.sum(product * rstd, 0, keep_dims=True), mask=c < channels)
+
+
+@triton.jit
 def finish(total, scale, shift, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
     if scale is not None:
         total = total * scale
@@ -90,25 +134,50 @@ def finish(total, scale, shift, ACTIVATION: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def moments(results, row, pixel, height, STEP: tl.constexpr, ROWS: tl.constexpr):
+    """Count, and mean and sum of squared deviations [1, BLOCK_C], of a tile's results as they were rounded."""
+    count = tl.zeros((1, 1), tl.float32)
+    total = tl.zeros(results[0].shape, tl.float32)
+    for j in tl.static_range(ROWS):
+        live = pixel & (row + j * STEP < height)
+        count += tl.sum(live.to(tl.float32), 0, keep_dims=True)
+        total += tl.where(live, results[j].to(tl.float32), 0)
+    mean = tl.sum(total, 0, keep_dims=True) / tl.maximum(count, 1)
+    square = tl.zeros(results[0].shape, tl.float32)
+    for j in tl.static_range(ROWS):
+        deviation = results[j].to(tl.float32) - mean
+        square += tl.where(pixel & (row + j * STEP < height), deviation * deviation, 0)
+    return count, mean, tl.sum(square, 0, keep_dims=True)
+
+
+@triton.jit
+def save_moments(counts, means, squares, index, channels, c, count, mean, square):
+    tl.store(counts + index + tl.zeros_like(count).to(tl.int32), count)
+    tl.store(means + index * channels + c, mask=c < channels, value=mean)
+    tl.store(squares + index * channels + c, mask=c < channels, value=square)
+
+
+@triton.jit
 def add(sums, AT: tl.constexpr, term):
     return sums[:AT] + (sums[AT] + term,) + sums[AT + 1 :]
 
 
 @triton.jit
 def convolve(
-    at, row, height, inside, row_pitch, column_pitch, weights, scale, shift,
+    at, row, height, inside, row_pitch, column_pitch, weights, scale, shift, in_scale, in_shift, bounds,
     DILATION: tl.constexpr, RATIO: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, HALO: tl.constexpr,
-    REACH: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
+    REACH: tl.constexpr, ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """ROWS results of a chain, in x's dtype.
+    """ROWS results of a chain, in DTYPE; with in_scale of `normalised` x.
 
     at: where the middle tap of the first is in x, in row `row`; pitches: of one dilation
+    inside, bounds: `columns_of` what is loaded, and of the image, [BLOCK_W, 1]
     RATIO: rows of x, in dilations, between two results; HALO: rows of x before the first and after the last
     AHEAD: rows that are on their way while one is used
     """
     LAST: tl.constexpr = (ROWS - 1) * RATIO + HALO
     R: tl.constexpr = K // 2
-    DTYPE: tl.constexpr = at.dtype.element_ty
     window, sums, results = (), (), ()
     for t in tl.static_range(-HALO, LAST + 1 + AHEAD):
         if t <= LAST:
@@ -119,6 +188,10 @@ def convolve(
         if t - AHEAD >= -HALO:
             for b in tl.static_range(-REACH, REACH + 1):
                 value = window[(t - AHEAD + HALO) * (2 * REACH + 1) + b + REACH].to(tl.float32)
+                if in_scale is not None:
+                    used = row + (t - AHEAD) * DILATION
+                    there = bounds[b + REACH] & (used >= 0) & (used < height)
+                    value = normalised(value, in_scale, in_shift, there, IN_ACTIVATION)
                 for j in tl.static_range(ROWS):
                     if t - AHEAD - j * RATIO >= -R and t - AHEAD - j * RATIO <= R:
                         term = value * weights[(t - AHEAD - j * RATIO + R) * K + b + R]
@@ -127,6 +200,17 @@ def convolve(
                 if t - AHEAD == j * RATIO + R or (t - AHEAD == LAST and j * RATIO + R > LAST):
                     results = results + (finish(sums[j], scale, shift, ACTIVATION, DTYPE),)
     return results
+
+
+class Norm(NamedTuple):
+    """What is applied to x as it is loaded, act((x - mean) * rsqrt(var + eps) * weight + bias); (C,) fp32 each."""
+
+    mean: Tensor | None = None
+    var: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float | None = None
+    activation: str = "none"
 
 
 class Plan(NamedTuple):

@@ -8,6 +8,10 @@ Several dilations of one x: a chain's step is their greatest common divisor, and
 another for the same rows and columns, the first with x from memory, the others with x from the cache.
 Statistics: counts, means and sums of squared deviations of each piece, 8 bytes for SPAN * BLOCK_W results of a channel,
 merged by Chan's formula in a fixed order.
+Of z = act(batch norm of x), `Norm`: 2 T, where a kernel of its own for that would make it 4 T. z is made of x at each
+load, four and a half times for a result of 3 x 3 at stride 1, in a multiply-add and two bounds. With the statistics a
+result is 56 instructions in bf16 on sm_90, 40 without z, nearly twice what an H200 issues in the time of its 4 bytes:
+these should bind. At stride 2 it is 70 for 10 bytes, and it may be both.
 """
 
 from __future__ import annotations
@@ -21,7 +25,22 @@ import triton.language as tl
 from torch import Tensor
 
 from . import common
-from .depthwise_chains import PHASED, blocks, columns_of, convolve, finish, load_weights, packed, pixels, place, plan
+from .depthwise_chains import (
+    PHASED,
+    Norm,
+    blocks,
+    columns_of,
+    convolve,
+    load_norm,
+    load_weights,
+    moments,
+    packed,
+    pixels,
+    place,
+    plan,
+    save_moments,
+)
+from .depthwise_gather import gather
 
 OP = "depthwise_conv"
 LARGEST = 3  # kernel whose taps fit a thread's registers
@@ -29,36 +48,13 @@ MOST_RATES = 3  # results of one launch
 
 
 @triton.jit
-def _statistics(results, row, pixel, height, STEP: tl.constexpr, ROWS: tl.constexpr):
-    """Count, and mean and sum of squared deviations [1, BLOCK_C], of a tile's results as they were rounded."""
-    count = tl.zeros((1, 1), tl.float32)
-    total = tl.zeros(results[0].shape, tl.float32)
-    for j in tl.static_range(ROWS):
-        live = pixel & (row + j * STEP < height)
-        count += tl.sum(live.to(tl.float32), 0, keep_dims=True)
-        total += tl.where(live, results[j].to(tl.float32), 0)
-    mean = tl.sum(total, 0, keep_dims=True) / tl.maximum(count, 1)
-    square = tl.zeros(results[0].shape, tl.float32)
-    for j in tl.static_range(ROWS):
-        deviation = results[j].to(tl.float32) - mean
-        square += tl.where(pixel & (row + j * STEP < height), deviation * deviation, 0)
-    return count, mean, tl.sum(square, 0, keep_dims=True)
-
-
-@triton.jit
-def _save_statistics(counts, means, squares, index, channels, c, count, mean, square):
-    tl.store(counts + index + tl.zeros_like(count).to(tl.int32), count)
-    tl.store(means + index * channels + c, mask=c < channels, value=mean)
-    tl.store(squares + index * channels + c, mask=c < channels, value=square)
-
-
-@triton.jit
 def _rate(
-    x, y, weight, scale, shift, counts, means, squares, slots, height, width, out_height, out_width, groups,
+    x, y, weight, scale, shift, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps,
+    slots, height, width, out_height, out_width, groups,
     DILATION: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, PHASED: tl.constexpr,
     SPAN: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr, REACH: tl.constexpr,
-    K: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, IN_ACTIVATION: tl.constexpr, AHEAD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """A program's results of one dilation: in SPAN rows of a chain, every SKIP-th is a chain of its own."""
     SKIP: tl.constexpr = DILATION * RATIO // (STRIDE * STEP)
@@ -71,96 +67,64 @@ def _rate(
         scale = tl.load(scale + vector, mask=vector < channels, other=0)
     if shift is not None:
         shift = tl.load(shift + vector, mask=vector < channels, other=0)
+    if in_scale is not None:
+        _, _, in_scale, in_shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
     row_pitch = tl.cast(width, tl.int64) * channels * DILATION
     pitch = tl.cast(out_width, tl.int64) * channels * (SKIP * STEP)
     for i in range(TILES):
         first, column, pixel = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
         there = pixel & (c < channels)
         inside = columns_of(column * STRIDE, width, there, DILATION, REACH)
+        bounds = columns_of(column * STRIDE, width, pixel, DILATION, REACH)
         for part in range(PIECES * CHAINS):
             chain = part % CHAINS
             row = first + (part // CHAINS * SPAN + chain) * STEP
             at = x + ((image * height + row * STRIDE) * width + column * STRIDE) * channels + c
             results = convolve(
                 at, row * STRIDE, height, inside, row_pitch, channels * DILATION, taps, scale, shift,
-                DILATION, RATIO, K, ROWS, HALO, REACH, ACTIVATION, AHEAD,
+                in_scale, in_shift, bounds, DILATION, RATIO, K, ROWS, HALO, REACH, ACTIVATION, IN_ACTIVATION, AHEAD,
+                y.dtype.element_ty,
             )  # fmt: skip
             to = y + ((image * out_height + row) * out_width + column) * channels + c
             for j in tl.static_range(ROWS):
                 live = row + j * SKIP * STEP < tl.minimum(out_height, row + (SPAN - chain) * STEP)
                 tl.store(to + j * pitch, results[j], mask=there & live)
             if counts is not None:
-                count, mean, square = _statistics(results, row, pixel, out_height, STEP, ROWS)
+                count, mean, square = moments(results, row, pixel, out_height, STEP, ROWS)
                 programs = tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)
                 index = ((image * programs + place_) * TILES + i) * PIECES + part
-                _save_statistics(counts, means, squares, index, channels, c, count, mean, square)
+                save_moments(counts, means, squares, index, channels, c, count, mean, square)
 
 
 @triton.jit
 def _rows(
     x, y0, y1, y2, weight0, weight1, weight2, scale0, scale1, scale2, shift0, shift1, shift2, counts, means, squares,
-    slots, height, width, out_height, out_width, groups,
+    in_mean, in_var, in_scale, in_shift, eps, slots, height, width, out_height, out_width, groups,
     DILATION0: tl.constexpr, DILATION1: tl.constexpr, DILATION2: tl.constexpr,
     REACH0: tl.constexpr, REACH1: tl.constexpr, REACH2: tl.constexpr,
     STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, PHASED: tl.constexpr, SPAN: tl.constexpr,
     PIECES: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr,
-    AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    IN_ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x (N, H, W, C) and y (N, Ho, Wo, C), C = groups * VECTOR; weight (K * K, C) each; scale, shift (C,)."""
+    """x (N, H, W, C) and y (N, Ho, Wo, C), C = groups * VECTOR; weight (K * K, C) each; what is per channel (C,)."""
     _rate(
-        x, y0, weight0, scale0, shift0, counts, means, squares, slots, height, width, out_height, out_width, groups,
-        DILATION0, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH0, K, ACTIVATION, AHEAD,
-        VECTOR, BLOCK_W, BLOCK_C,
+        x, y0, weight0, scale0, shift0, counts, means, squares, in_mean, in_var, in_scale, in_shift, eps,
+        slots, height, width, out_height, out_width, groups, DILATION0, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES,
+        TILES, HALO, REACH0, K, ACTIVATION, IN_ACTIVATION, AHEAD, VECTOR, BLOCK_W, BLOCK_C,
     )  # fmt: skip
     if y1 is not None:
         _rate(
-            x, y1, weight1, scale1, shift1, None, None, None, slots, height, width, out_height, out_width, groups,
-            DILATION1, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH1, K, ACTIVATION, AHEAD,
-            VECTOR, BLOCK_W, BLOCK_C,
+            x, y1, weight1, scale1, shift1, None, None, None, None, None, None, None, None,
+            slots, height, width, out_height, out_width, groups, DILATION1, STRIDE, RATIO, STEP, PHASED, SPAN,
+            PIECES, TILES, HALO, REACH1, K, ACTIVATION, "none", AHEAD, VECTOR, BLOCK_W, BLOCK_C,
         )  # fmt: skip
     if y2 is not None:
         _rate(
-            x, y2, weight2, scale2, shift2, None, None, None, slots, height, width, out_height, out_width, groups,
-            DILATION2, STRIDE, RATIO, STEP, PHASED, SPAN, PIECES, TILES, HALO, REACH2, K, ACTIVATION, AHEAD,
-            VECTOR, BLOCK_W, BLOCK_C,
+            x, y2, weight2, scale2, shift2, None, None, None, None, None, None, None, None,
+            slots, height, width, out_height, out_width, groups, DILATION2, STRIDE, RATIO, STEP, PHASED, SPAN,
+            PIECES, TILES, HALO, REACH2, K, ACTIVATION, "none", AHEAD, VECTOR, BLOCK_W, BLOCK_C,
         )  # fmt: skip
-
-
-@triton.jit
-def gather(
-    x, y, weight, scale, shift, counts, means, squares,
-    slots, height, width, out_height, out_width, groups, stride, dilation,
-    K: tl.constexpr, TRANSPOSED: tl.constexpr, ACTIVATION: tl.constexpr, VECTOR: tl.constexpr,
-    BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """`_rows` for any K, a pixel at a time; TRANSPOSED: its gradient, x and y in each other's place."""
-    image, tile, channels, c = place(groups, VECTOR, BLOCK_C)
-    row, column, pixel = pixels(tile, slots, out_width, 1, 1, 1, BLOCK_W)
-    there = pixel & (c < channels)
-    vector = tl.broadcast_to(c, (BLOCK_W, BLOCK_C))
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for tap in range(K * K):
-        down, right = (tap // K - K // 2) * dilation, (tap % K - K // 2) * dilation
-        if TRANSPOSED:
-            h, w = row - down, column - right
-            live = there & (h >= 0) & (w >= 0) & (h % stride == 0) & (w % stride == 0)
-            h, w = h // stride, w // stride
-        else:
-            h, w = row * stride + down, column * stride + right
-            live = there & (h >= 0) & (w >= 0)
-        at = x + ((image * height + h) * width + w) * channels + c
-        value = tl.load(at, mask=live & (h < height) & (w < width), other=0).to(tl.float32)
-        total += value * tl.load(weight + tap * channels + vector, mask=vector < channels, other=0).to(tl.float32)
-    if scale is not None:
-        scale = tl.load(scale + vector, mask=vector < channels, other=0)
-    if shift is not None:
-        shift = tl.load(shift + vector, mask=vector < channels, other=0)
-    result = finish(total, scale, shift, ACTIVATION, y.dtype.element_ty)
-    tl.store(y + ((image * out_height + row) * out_width + column) * channels + c, result, mask=there)
-    if counts is not None:
-        index = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + tile
-        count, mean, square = _statistics((result,), row, pixel, out_height, 1, 1)
-        _save_statistics(counts, means, squares, index, channels, c, count, mean, square)
 
 
 @triton.jit
@@ -216,13 +180,16 @@ Rate = tuple[Tensor, Tensor | None, Tensor | None, int]  # weight, scale, shift,
 
 
 def _run_rows(
-    x: Tensor, rates: Sequence[Rate], stride: int, activation: str, statistics: bool
+    x: Tensor, rates: Sequence[Rate], stride: int, activation: str, statistics: bool, norm: Norm | None = None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Up to MOST_RATES results of x in packed channels-last memory, and the parts of the first's statistics."""
+    """Up to MOST_RATES results of x in packed channels-last memory, and the parts of the first's statistics.
+
+    norm: what is applied to x as it is loaded, of one rate
+    """
     n, _, h, w = x.shape
     k = rates[0][0].shape[-1]
     results = [result_of(x, stride) for _ in rates]
-    config = common.configuration(OP, "rows" if len(rates) == 1 else "rates", x)
+    config = common.configuration(OP, "normalised" if norm else "rows" if len(rates) == 1 else "rates", x)
     out_size = tuple(results[0].shape[2:])
     how = plan(x, out_size, k, stride, [rate[3] for rate in rates], config)
     parts = n * how.programs * how.chains["TILES"] * how.chains["PIECES"]
@@ -232,15 +199,18 @@ def _run_rows(
     dilations = [*(rate[3] for rate in rates), *(1 for _ in absent)]
     common.launch(
         _rows, how.grid, x, *(tensor for kind in kinds for tensor in (*kind, *absent)), *(partials or [None] * 3),
-        how.slots, h, w, *out_size, x.shape[1] // how.block["VECTOR"],
+        *(norm or Norm())[:5], how.slots, h, w, *out_size, x.shape[1] // how.block["VECTOR"],
         **{f"DILATION{i}": d for i, d in enumerate(dilations)},
         **{f"REACH{i}": k // 2 if d < w else 0 for i, d in enumerate(dilations)},
-        STRIDE=stride, PHASED=PHASED, K=k, ACTIVATION=activation, **how.chains, **how.block, **config,
+        STRIDE=stride, PHASED=PHASED, K=k, ACTIVATION=activation, IN_ACTIVATION=norm.activation if norm else "none",
+        **how.chains, **how.block, **config,
     )  # fmt: skip
     return results, partials
 
 
-def _run_gather(x: Tensor, rate: Rate, stride: int, activation: str, statistics: bool) -> tuple[Tensor, list[Tensor]]:
+def _run_gather(
+    x: Tensor, rate: Rate, stride: int, activation: str, statistics: bool, norm: Norm | None = None
+) -> tuple[Tensor, list[Tensor]]:
     """The same for a kernel of any size."""
     weight, scale, shift, dilation = rate
     n, c, _, _ = x.shape
@@ -252,9 +222,10 @@ def _run_gather(x: Tensor, rate: Rate, stride: int, activation: str, statistics:
     partials = _partials(x, n * tiles) if statistics else []
     common.launch(
         gather, (tiles * common.cdiv(c, block["BLOCK_C"]), n),
-        x, result, packed(weight), scale, shift, *(partials or [None] * 3),
+        x, result, packed(weight), scale, shift, *(partials or [None] * 3), *(norm or Norm())[:5], None, None,
         slots, *x.shape[2:], *result.shape[2:], c // block["VECTOR"], stride, dilation,
-        K=weight.shape[-1], TRANSPOSED=False, ACTIVATION=activation, **block, **config,
+        K=weight.shape[-1], TRANSPOSED=False, ACTIVATION=activation,
+        IN_ACTIVATION=norm.activation if norm else "none", **block, **config,
     )  # fmt: skip
     return result, partials
 
@@ -276,13 +247,15 @@ def depthwise_conv(
     return depthwise_conv_rates(x, [(weight, scale, shift, dilation)], stride, activation)[0]
 
 
-def depthwise_conv_statistics(x: Tensor, weight: Tensor, stride: int, dilation: int) -> tuple[Tensor, Tensor, Tensor]:
-    """y, and its mean and biased variance (C,) in fp32."""
+def depthwise_conv_statistics(
+    x: Tensor, weight: Tensor, stride: int, dilation: int, norm: Norm | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and its mean and biased variance (C,) in fp32; with norm of z, which is made of x as x is loaded."""
     rate = weight, None, None, dilation
     if weight.shape[-1] > LARGEST:
-        y, partials = _run_gather(x, rate, stride, "none", True)
+        y, partials = _run_gather(x, rate, stride, "none", True, norm)
     else:
-        (y,), partials = _run_rows(x, [rate], stride, "none", True)
+        (y,), partials = _run_rows(x, [rate], stride, "none", True, norm)
     if x.shape[0] == 0:
         return y, *(x.new_full((x.shape[1],), math.nan, dtype=torch.float32) for _ in range(2))
     return y, *_merged(partials)

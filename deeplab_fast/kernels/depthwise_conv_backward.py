@@ -7,11 +7,17 @@ grad_x: at stride 1 the convolution of grad_y with the taps in reverse; above it
 x that belong to a pixel of grad_y gathers the taps that reach it, a choice made when the kernel is compiled.
 Then grad_weight: K * K sums of products for each channel, with grad_y and what the tiles share of x from the cache; as
 one pass over both they would need more registers than a thread has. The parts are added in a fixed order.
-Device memory should bind; a pixel and channel cost about 30 instructions in bf16, 18 of them multiply-adds, as long as
-its 6 bytes take on an H200, so that it may be both.
+A pixel and channel cost 46 instructions in bf16 on sm_90, 18 of them multiply-adds, which take an H200 as long as its 6
+bytes: it may be memory or these that binds.
+Of z = act(batch norm of x), `Norm`: the same 3 T and two more sums a part, for which a pass of their own reads 2 T.
+batch_norm_act_backward's 3 T follow. At stride 1 z is made once of each pixel in either pass, as grad_weight comes
+there from grad_y's taps around x: 66 instructions, which should bind. At stride 2 a pixel of grad_y costs 131 for 18
+bytes, and it may be both.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -20,8 +26,24 @@ from torch import Tensor
 
 from . import common
 from .common import narrow
-from .depthwise_chains import PHASED, add, blocks, columns_of, convolve, load_weights, packed, pixels, place, plan
-from .depthwise_conv import LARGEST, gather
+from .depthwise_chains import (
+    PHASED,
+    Norm,
+    add,
+    columns_of,
+    convolve,
+    gate,
+    load_norm,
+    load_weights,
+    normalised,
+    packed,
+    pixels,
+    place,
+    plan,
+    save_sums,
+)
+from .depthwise_conv import LARGEST
+from .depthwise_gather import gradients
 
 OP = "depthwise_conv_backward"
 LARGEST_STRIDE = 4  # above it, code for stride * stride pixels of x is more than it is worth
@@ -30,11 +52,18 @@ LARGEST_STRIDE = 4  # above it, code for stride * stride pixels of x is more tha
 @triton.jit
 def _spread(
     grad_y, grad_x, image, channels, c, row, column, there, height, width, out_height, out_width, taps,
-    DILATION: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr,
+    x, pixel, mean, scale, shift, sum_grad, product,
+    DILATION: tl.constexpr, STRIDE: tl.constexpr, K: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    """grad_x of the STRIDE x STRIDE pixels at (row, column) * STRIDE."""
+    """grad_x of the STRIDE x STRIDE pixels at (row, column) * STRIDE; with scale behind the gate, and its sums."""
     R: tl.constexpr = K // 2
     results = ()
+    if scale is not None:
+        values = ()
+        for i in tl.static_range(STRIDE * STRIDE):
+            h, w = row * STRIDE + i // STRIDE, column * STRIDE + i % STRIDE
+            at = x + ((image * height + h) * width + w) * channels + c
+            values = values + (tl.load(at, mask=there & (h < height) & (w < width), other=0),)
     for down in tl.static_range(STRIDE):
         for right in tl.static_range(STRIDE):
             total = tl.zeros(taps[0].shape, tl.float32)
@@ -46,20 +75,29 @@ def _spread(
                         live = there & (h >= 0) & (h < out_height) & (w >= 0) & (w < out_width)
                         at = grad_y + ((image * out_height + h) * out_width + w) * channels + c
                         total += tl.load(at, mask=live, other=0).to(tl.float32) * taps[(a + R) * K + b + R]
+            if scale is not None:
+                inside = pixel & (row * STRIDE + down < height) & (column * STRIDE + right < width)
+                value = values[down * STRIDE + right]
+                total, sum_grad, product = gate(total, value, inside, mean, scale, shift, sum_grad, product, ACTIVATION)
             results = results + (narrow(total, grad_x.dtype.element_ty),)
     for i in tl.static_range(STRIDE * STRIDE):
         h, w = row * STRIDE + i // STRIDE, column * STRIDE + i % STRIDE
         to = grad_x + ((image * height + h) * width + w) * channels + c
         tl.store(to, results[i], mask=there & (h < height) & (w < width))
+    return sum_grad, product
 
 
 @triton.jit
 def _multiply(
     sums, at, row, height, inside, row_pitch, column_pitch, grad_at, grad_row, grad_height, grad_pitch, there,
+    scale, shift, bounds, pixel,
     DILATION: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr,
-    HALO: tl.constexpr, REACH: tl.constexpr, AHEAD: tl.constexpr,
+    HALO: tl.constexpr, REACH: tl.constexpr, AHEAD: tl.constexpr, ACTIVATION: tl.constexpr, SWAP: tl.constexpr,
 ):  # fmt: skip
-    """sums, and to each tap's the products of ROWS results' gradients with what the tap read; see `convolve`."""
+    """sums, and to each tap's the products of ROWS results' gradients with what the tap read; see `convolve`.
+
+    SWAP: x and grad_y are in each other's place, and so are the taps' sums, from the last to the first
+    """
     LAST: tl.constexpr = (ROWS - 1) * RATIO + HALO
     R: tl.constexpr = K // 2
     window, grads = (), ()
@@ -76,137 +114,130 @@ def _multiply(
         if t - AHEAD >= -HALO:
             for b in tl.static_range(-REACH, REACH + 1):
                 value = window[(t - AHEAD + HALO) * (2 * REACH + 1) + b + REACH].to(tl.float32)
+                if scale is not None and not SWAP:
+                    used = row + (t - AHEAD) * DILATION
+                    seen = bounds[b + REACH] & (used >= 0) & (used < height)
+                    value = normalised(value, scale, shift, seen, ACTIVATION)
                 for j in tl.static_range(ROWS):
                     if t - AHEAD - j * RATIO >= -R and t - AHEAD - j * RATIO <= R:
-                        product = value * grads[j].to(tl.float32)
+                        grad = grads[j].to(tl.float32)
+                        if SWAP:
+                            live = pixel & (grad_row + j * STEP < grad_height)
+                            grad = normalised(grad, scale, shift, live, ACTIVATION)
+                        product = value * grad
                         sums = add(sums, (t - AHEAD - j * RATIO + R) * K + b + R, product)
     return sums
 
 
 @triton.jit
 def _chains(
-    grad_y, x, weight, grad_x, parts, slots, height, width, out_height, out_width, groups,
+    grad_y, x, weight, grad_x, parts, in_mean, in_var, in_scale, in_shift, eps,
+    slots, height, width, out_height, out_width, groups,
     DILATION: tl.constexpr, STRIDE: tl.constexpr, RATIO: tl.constexpr, STEP: tl.constexpr, PHASED: tl.constexpr,
     SPAN: tl.constexpr, PIECES: tl.constexpr, TILES: tl.constexpr, HALO: tl.constexpr, REACH: tl.constexpr,
-    K: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    K: tl.constexpr, ACTIVATION: tl.constexpr, AHEAD: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """x, grad_x (N, H, W, C), grad_y (N, Ho, Wo, C), weight (K * K, C), parts (programs of a channel, K * K, C)."""
+    """x, grad_x (N, H, W, C), grad_y (N, Ho, Wo, C), weight (K * K, C), parts (programs of a channel, K * K, C).
+
+    With in_scale, of z, two more rows of parts; grad_x is then grad_z behind the gate.
+    """
+    OUT: tl.constexpr = tl.float32 if in_scale is not None else x.dtype.element_ty  # of `convolve`, before the gate
+    SWAP: tl.constexpr = STRIDE == 1 and in_scale is not None
+    WIDTH: tl.constexpr = K * K + (2 if in_scale is not None else 0)
     image, place_, channels, c = place(groups, VECTOR, BLOCK_C)
+    mean, scale, shift, sum_grad, product = in_mean, in_scale, in_shift, None, None
+    if in_scale is not None:
+        mean, _, scale, shift = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
+        sum_grad = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
+        product = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
     x_pitch = tl.cast(width, tl.int64) * channels * DILATION
     grad_pitch = tl.cast(out_width, tl.int64) * channels * STEP
     if grad_x is not None:
         taps = load_weights(weight, c, channels, K, STRIDE == 1, BLOCK_W)
         for i in range(TILES):
-            first, column, there = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
-            there = there & (c < channels)
+            first, column, pixel = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
+            there = pixel & (c < channels)
             if STRIDE == 1:
                 inside = columns_of(column, width, there, DILATION, REACH)
                 for piece in range(PIECES):
                     row = first + piece * (SPAN * STEP)
                     offset = ((image * height + row) * width + column) * channels + c
+                    if in_scale is not None:
+                        values = ()
+                        for j in tl.static_range(SPAN):
+                            live = there & (row + j * STEP < height)
+                            values = values + (tl.load(x + offset + j * grad_pitch, mask=live, other=0),)
                     results = convolve(
                         grad_y + offset, row, height, inside, x_pitch, channels * DILATION, taps, None, None,
-                        DILATION, 1, K, SPAN, HALO, REACH, "none", AHEAD,
+                        None, None, None, DILATION, 1, K, SPAN, HALO, REACH, "none", "none", AHEAD, OUT,
                     )  # fmt: skip
                     for j in tl.static_range(SPAN):
                         live = there & (row + j * STEP < height)
-                        tl.store(grad_x + offset + j * grad_pitch, results[j], mask=live)
+                        result = results[j]
+                        if in_scale is not None:
+                            result, sum_grad, product = gate(
+                                result, values[j], pixel & (row + j * STEP < height), mean, scale, shift,
+                                sum_grad, product, ACTIVATION,
+                            )  # fmt: skip
+                            result = narrow(result, grad_x.dtype.element_ty)
+                        tl.store(grad_x + offset + j * grad_pitch, result, mask=live)
             else:
                 for j in range(SPAN * PIECES):
-                    _spread(
+                    sum_grad, product = _spread(
                         grad_y, grad_x, image, channels, c, first + j * STEP, column, there, height, width,
-                        out_height, out_width, taps, DILATION, STRIDE, K,
+                        out_height, out_width, taps, x, pixel, mean, scale, shift, sum_grad, product,
+                        DILATION, STRIDE, K, ACTIVATION,
                     )  # fmt: skip
+    if in_scale is not None:
+        _, rstd, _, _ = load_norm(in_mean, in_var, in_scale, in_shift, eps, c, channels, BLOCK_W)
+        part = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + place_
+        save_sums(parts, part, sum_grad, product, rstd, channels, c, WIDTH)
     if parts is not None:
         sums = ()
         for _ in tl.static_range(K * K):
             sums = sums + (tl.zeros((BLOCK_W, BLOCK_C), tl.float32),)
         for i in range(TILES):
-            first, column, there = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
-            there = there & (c < channels)
+            first, column, pixel = pixels(place_ * TILES + i, slots, out_width, STEP, PHASED, SPAN * PIECES, BLOCK_W)
+            there = pixel & (c < channels)
             inside = columns_of(column * STRIDE, width, there, DILATION, REACH)
+            bounds = columns_of(column * STRIDE, width, pixel, DILATION, REACH)
             for piece in range(PIECES):
                 row = first + piece * (SPAN * STEP)
                 at = x + ((image * height + row * STRIDE) * width + column * STRIDE) * channels + c
                 grad_at = grad_y + ((image * out_height + row) * out_width + column) * channels + c
+                if SWAP:  # z, of each pixel once; the taps are those of grad_y, which needs nothing done to it
+                    at, grad_at = grad_at, at
                 sums = _multiply(
                     sums, at, row * STRIDE, height, inside, x_pitch, channels * DILATION,
-                    grad_at, row, out_height, grad_pitch, there, DILATION, RATIO, STEP, K, SPAN, HALO, REACH, AHEAD,
+                    grad_at, row, out_height, grad_pitch, there, scale, shift, bounds, pixel,
+                    DILATION, RATIO, STEP, K, SPAN, HALO, REACH, AHEAD, ACTIVATION, SWAP,
                 )  # fmt: skip
         part = image * (tl.num_programs(0) // tl.cdiv(channels, BLOCK_C)) + place_
         for i in tl.static_range(K * K):
-            to = parts + (part * (K * K) + i) * channels + c
-            tl.store(to, tl.sum(sums[i], 0, keep_dims=True), mask=c < channels)
-
-
-@triton.jit
-def _products(
-    grad_y, x, parts, total_pixels, height, width, out_height, out_width, groups, stride, dilation, tiles,
-    K: tl.constexpr, VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """parts (programs of a channel, K * K, C) of grad_weight for any K: one tap of `tiles` tiles."""
-    channels = groups * VECTOR
-    part = tl.program_id(0) // tl.cdiv(channels, BLOCK_C)
-    c = (tl.program_id(0) % tl.cdiv(channels, BLOCK_C)) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    tap = tl.program_id(1)
-    total = tl.zeros((BLOCK_W, BLOCK_C), tl.float32)
-    for i in range(tiles):
-        pixel = (part.to(tl.int64) * tiles + i) * BLOCK_W + tl.arange(0, BLOCK_W)[:, None]
-        line = pixel // out_width
-        h = (line % out_height) * stride + (tap // K - K // 2) * dilation
-        w = (pixel % out_width) * stride + (tap % K - K // 2) * dilation
-        live = (pixel < total_pixels) & (c < channels) & (h >= 0) & (h < height) & (w >= 0) & (w < width)
-        grad = tl.load(grad_y + pixel * channels + c, mask=live, other=0).to(tl.float32)
-        at = x + ((line // out_height * height + h) * width + w) * channels + c
-        total += grad * tl.load(at, mask=live, other=0).to(tl.float32)
-    to = parts + (part.to(tl.int64) * (K * K) + tap) * channels + c
-    tl.store(to, tl.sum(total, 0, keep_dims=True), mask=c < channels)
+            to = parts + (part * WIDTH + i) * channels + c
+            total = tl.sum(sums[K * K - 1 - i if SWAP else i], 0, keep_dims=True)
+            tl.store(to, total, mask=c < channels)
 
 
 def _run_chains(
-    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, need_weight: bool, stride: int, dilation: int
-) -> Tensor | None:
-    """Writes grad_x and returns the parts of grad_weight, of what is needed."""
+    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, need_weight: bool, stride: int, dilation: int,
+    norm: Norm | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """Writes grad_x and returns the parts of grad_weight, of what is needed; with norm, of the two sums as well."""
     (n, c, h, w), k = x.shape, weight.shape[-1]
     out_size = tuple(grad_y.shape[2:])
-    config = common.configuration(OP, "rows", x)
+    config = common.configuration(OP, "normalised" if norm else "rows", x)
     how = plan(x, out_size, k, stride, [dilation], config)
-    parts = x.new_empty((n * how.programs, k * k, c), dtype=torch.float32) if need_weight else None
+    rows = k * k + (2 if norm else 0)
+    parts = x.new_empty((n * how.programs, rows, c), dtype=torch.float32) if need_weight else None
     common.launch(
-        _chains, how.grid, grad_y, x, None if grad_x is None else packed(weight), grad_x, parts,
+        _chains, how.grid, grad_y, x, None if grad_x is None else packed(weight), grad_x, parts, *(norm or Norm())[:5],
         how.slots, h, w, *out_size, c // how.block["VECTOR"],
         DILATION=dilation, STRIDE=stride, REACH=k // 2 if dilation < w else 0, K=k, PHASED=PHASED,
-        **how.chains, **how.block, **config,
+        ACTIVATION=norm.activation if norm else "none", **how.chains, **how.block, **config,
     )  # fmt: skip
-    return parts
-
-
-def _run_any(
-    grad_y: Tensor, x: Tensor, weight: Tensor, grad_x: Tensor | None, need_weight: bool, stride: int, dilation: int
-) -> Tensor | None:
-    """The same for any kernel and stride, in two launches."""
-    (n, c, h, w), k = x.shape, weight.shape[-1]
-    out_size = tuple(grad_y.shape[2:])
-    config = common.configuration(OP, "any", x)
-    tiles = config.pop("TILES")
-    block = blocks(c, x.dtype, config.pop("BLOCK_C"), config["num_warps"])
-    if grad_x is not None:
-        common.launch(
-            gather, (common.cdiv(h * w, block["BLOCK_W"]) * common.cdiv(c, block["BLOCK_C"]), n),
-            grad_y, grad_x, packed(weight), *[None] * 5,
-            h * w, *out_size, h, w, c // block["VECTOR"], stride, dilation,
-            K=k, TRANSPOSED=True, ACTIVATION="none", **block, **config,
-        )  # fmt: skip
-    if not need_weight:
-        return None
-    pixels_of_all = n * out_size[0] * out_size[1]
-    tiles = min(tiles, max(1, common.cdiv(pixels_of_all, block["BLOCK_W"])))
-    parts = x.new_empty((common.cdiv(pixels_of_all, block["BLOCK_W"] * tiles), k * k, c), dtype=torch.float32)
-    common.launch(
-        _products, (parts.shape[0] * common.cdiv(c, block["BLOCK_C"]), k * k), grad_y, x, parts, pixels_of_all,
-        h, w, *out_size, c // block["VECTOR"], stride, dilation, tiles, K=k, **block, **config,
-    )  # fmt: skip
-    return parts
+    return [parts] if need_weight else []
 
 
 def depthwise_conv_backward(
@@ -224,8 +255,26 @@ def depthwise_conv_backward(
     """
     if grad_x is None and grad_weight is None:
         return
-    small = weight.shape[-1] <= LARGEST and stride <= LARGEST_STRIDE
-    run = _run_chains if small else _run_any
-    parts = run(grad_y, x, weight, grad_x, grad_weight is not None, stride, dilation)
-    if parts is not None:
+    for parts in _runner(weight, stride)(grad_y, x, weight, grad_x, grad_weight is not None, stride, dilation):
         grad_weight.copy_(parts.sum(0).t().reshape(grad_weight.shape))
+
+
+def depthwise_conv_normalised_backward(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm: Norm,
+    grad_z: Tensor,
+    grad_weight: Tensor,
+    stride: int,
+    dilation: int,
+) -> tuple[Tensor, Tensor]:
+    """Writes grad_z where the activation let it pass, and grad_weight; returns sum_grad and sum_grad_xhat (C,) fp32."""
+    found = _runner(weight, stride)(grad_y, x, weight, grad_z, True, stride, dilation, norm)
+    taps = found[0][:, : weight[0].numel()].sum(0)
+    grad_weight.copy_(taps.t().reshape(grad_weight.shape))
+    return found[-1][:, -2].sum(0), found[-1][:, -1].sum(0)
+
+
+def _runner(weight: Tensor, stride: int) -> Callable[..., list[Tensor]]:
+    return _run_chains if weight.shape[-1] <= LARGEST and stride <= LARGEST_STRIDE else gradients

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import dispatch, native
+from . import dispatch, gpu, native
 from .batch_norm_act import batch_norm_act_reference
 from .batch_norm_act_backward import batch_norm_act_backward_reduce_reference
 from .batch_norm_common import CHANNELS, like, like_channels, wide
@@ -190,15 +190,45 @@ def _native_backward(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *rest: Any)
     return results
 
 
+def _triton_why_not(x: Tensor, conv_weight: Tensor, *_: object) -> str | None:
+    return gpu.triton_why_not(x, conv_weight) or gpu.images_why_not(x)
+
+
+def _triton_backward_why_not(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *_: object) -> str | None:
+    return gpu.triton_why_not(grad_y, x, conv_weight) or gpu.images_why_not(x)
+
+
+def _triton(x: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import depthwise_conv as kernels
+
+    *channels, eps, activation, stride, dilation = rest
+    norm = kernels.Norm(*(c.contiguous() for c in channels), eps, activation)
+    return kernels.depthwise_conv_statistics(native.channels_last(x), conv_weight, stride, dilation, norm)
+
+
+def _triton_backward(grad_y: Tensor, x: Tensor, conv_weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    from ..kernels import depthwise_conv_backward as kernels
+
+    *channels, eps, activation, stride, dilation = rest
+    norm = kernels.Norm(*(c.contiguous() for c in channels), eps, activation)
+    grads = like(x), conv_weight.new_empty(conv_weight.shape)
+    grad_y, x = native.channels_last(grad_y), native.channels_last(x)
+    sums = kernels.depthwise_conv_normalised_backward(grad_y, x, conv_weight, norm, *grads, stride, dilation)
+    return *grads, *sums
+
+
+# Triton has not been timed on a GPU yet.
 # AMD EPYC (AVX-512), 2 threads, torch 2.13, forward and backward, 4 x 96 x 128 x 128 at stride 2: 12 ms in
 # fp32 and 5.7 in bf16 with the statistics; batch_norm_act and depthwise_conv_statistics 1.7 and 1.8 times as long
 # (benchmarks/results/amd_epyc_inverted_residual.md).
 BACKENDS = {
     "native": dispatch.Backend(_native, _native_why_not, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton, _triton_why_not, measured=()),
     "reference": dispatch.Backend(depthwise_conv_normalised_reference, dispatch.always, measured=("cpu", "cuda")),
 }
 BACKWARD_BACKENDS = {
     "native": dispatch.Backend(_native_backward, _native_backward_why_not, measured=("cpu",)),
+    "triton": dispatch.Backend(_triton_backward, _triton_backward_why_not, measured=()),
     "reference": dispatch.Backend(
         depthwise_conv_normalised_backward_reference, dispatch.always, measured=("cpu", "cuda")
     ),

@@ -1,22 +1,29 @@
 from __future__ import annotations
 
+import re
+from unittest import mock
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from deeplab_fast import ops
 from deeplab_fast.errors import UserError
-from deeplab_fast.ops import depthwise_conv_normalised, dispatch, native
+from deeplab_fast.ops import depthwise_conv_normalised, dispatch, gpu, native
 from deeplab_fast.ops.depthwise_conv_normalised import (
     depthwise_conv_normalised_backward_reference,
     depthwise_conv_normalised_reference,
 )
 from deeplab_fast.testing import assert_close, backends, tolerances
+from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
 
 OP = "depthwise_conv_normalised"
 CALL = torch.ops.deeplab_fast.depthwise_conv_normalised.default
 BACKWARD = torch.ops.deeplab_fast.depthwise_conv_normalised_backward.default
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
+on_triton = pytest.mark.parametrize("backend, device", [case for case in backends(OP) if case.values[0] == "triton"])
+on_our_kernels = pytest.mark.parametrize("backend, device", [c for c in backends(OP) if c.values[0] != "reference"])
 on_both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 needs_native = pytest.mark.skipif(native.load() is None, reason="deeplab_fast._C is not built")
 
@@ -104,6 +111,26 @@ def test_each_activation(backend, device, dtype, activation):
     check(((2, 35, 9, 10), 2, 1, 3), dtype, activation, backend, device)
 
 
+@on_triton
+@pytest.mark.parametrize("case", [CASES[4], CASES[8], CASES[12]], ids=str)
+def test_fp16(backend, device, case):
+    check(case, torch.float16, "relu6", backend, device)
+
+
+@on_triton
+@pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
+    """As large inputs have them, whose size would take the interpreter minutes."""
+    from deeplab_fast.kernels import common, depthwise_chains
+
+    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
+    found = common.configuration
+    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
+    with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+        for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
+            check((shape, stride, dilation, 3), torch.float32, "relu6", backend, device)
+
+
 @on_both_dtypes
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_instruction_set(instruction_set, dtype, case):
@@ -138,13 +165,15 @@ def test_gradients_are_those_of_three_layers(backend, device, dtype, stride, dil
         close_in_norm(ours, theirs)
 
 
-@needs_native
-def test_padding_is_of_the_activated_input():
+@on_our_kernels
+@pytest.mark.parametrize("activation", native.ACTIVATIONS)
+def test_padding_is_of_the_activated_input(backend, device, activation):
     """A bias of 5 would show at the border."""
     c = 16
-    x, ones = torch.zeros(1, c, 4, 4), torch.ones(c)
-    y, *_ = depthwise_conv_normalised(x, torch.ones(c, 1, 3, 3), 0 * ones, ones, ones, 5 * ones, backend="native")
-    torch.testing.assert_close(y[0, 0, 0], torch.tensor([20.0, 30.0, 30.0, 20.0]))
+    x, ones = torch.zeros(1, c, 4, 4, device=device), torch.ones(c, device=device)
+    given = x, torch.ones(c, 1, 3, 3, device=device), 0 * ones, ones, ones, 5 * ones
+    y, *_ = depthwise_conv_normalised(*given, activation=activation, backend=backend)
+    torch.testing.assert_close(y[0, 0, 0].cpu(), torch.tensor([20.0, 30.0, 30.0, 20.0]))
 
 
 @on_each_backend
@@ -200,13 +229,23 @@ def test_two_runs_agree_bit_for_bit_and_gradients_with_any_number_of_threads(dty
         assert all(map(torch.equal, found, gradients[0]))
 
 
-@needs_native
-def test_not_a_number_stays():
-    x, *rest = make((1, 18, 6, 7), 3, torch.float32)
+@on_triton
+def test_two_runs_agree_bit_for_bit(backend, device):
+    for stride, kernel in ((1, 3), (2, 3), (1, 5)):
+        given = make((2, 40, 20, 21), kernel, torch.float32, device)
+        grad = gradient_of((2, 40, 20, 21), stride, given[0])
+        rest = (1e-5, "relu6", stride, 1, backend)
+        first, second = ((*CALL(*given, *rest), *BACKWARD(grad, *given, *rest)) for _ in range(2))
+        assert all(map(torch.equal, first, second))
+
+
+@on_our_kernels
+def test_not_a_number_stays(backend, device):
+    x, *rest = make((1, 18, 6, 7), 3, torch.float32, device)
     x[0, 3, 2, 2] = torch.nan
-    y, mean, _ = depthwise_conv_normalised(x, *rest, activation="relu6", backend="native")
+    y, mean, _ = depthwise_conv_normalised(x, *rest, activation="relu6", backend=backend)
     assert y[0, 3].isnan().sum() == 9 and not y[0, :3].isnan().any() and mean.isnan().sum() == 1
-    sums = BACKWARD(torch.ones_like(x), x, *rest, 1e-5, "relu6", 1, 1, "native")[1:]
+    sums = BACKWARD(torch.ones_like(x), x, *rest, 1e-5, "relu6", 1, 1, backend)[1:]
     assert sums[0][3].isnan().any() and sums[2][3].isnan() and not sums[2][:3].isnan().any()
 
 
@@ -295,3 +334,99 @@ def test_rejects_wrong_inputs():
                 run(x, conv_weight, *mixed)
     with pytest.raises(ValueError, match="bias is on meta and x on cpu"):
         run(x, conv_weight, *channels[:3], channels[3].to("meta"))
+
+
+@pytest.mark.parametrize("name", [OP, f"{OP}_backward"])
+def test_auto_on_a_gpu_is_the_reference_until_one_has_timed_more(name, monkeypatch):
+    monkeypatch.setattr(gpu, "device_why_not", lambda device: None)
+    with dispatch.requesting(""), FakeTensorMode():
+        given = dispatch.OPS[name].example(torch.device("cuda"))
+        assert dispatch.explain(name, *given)["triton"] is None
+        assert not ops.has_kernel(name, given[0]) and dispatch.choose(name, list(given)) == "reference"
+    with dispatch.requesting("triton"), FakeTensorMode():
+        assert ops.has_kernel(name, given[0]) and dispatch.choose(name, list(given)) == "triton"
+
+
+@on_triton
+def test_too_many_images_are_a_reason(backend, device):
+    x = torch.zeros((1 << 16, 1, 1, 1), device=device)
+    given = x, torch.zeros((1, 1, 1, 1), device=device)
+    for name, images in ((OP, (x,)), (f"{OP}_backward", (x, x))):
+        assert "at most 65535 images, and got 65536" in str(dispatch.explain(name, *images, given[1])[backend])
+        assert dispatch.explain(name, *(t[1:] for t in images), given[1])[backend] is None
+
+
+# (N, C, H, W), stride, dilation, dtype: MobileNetV2's blocks, crops of 769 x 769, output stride 16, at most 200 MB
+LAUNCHES = [
+    ((6, 96, 385, 385), 2, 1, torch.bfloat16),
+    ((8, 144, 193, 193), 1, 1, torch.bfloat16),
+    ((8, 960, 49, 49), 1, 2, torch.float32),
+    ((8, 144, 193, 193), 2, 1, torch.float32),
+    ((8, 192, 97, 97), 2, 1, torch.float16),
+    ((8, 384, 49, 49), 1, 1, torch.bfloat16),
+    ((8, 576, 49, 49), 1, 1, torch.float16),
+    ((8, 960, 49, 49), 1, 2, torch.bfloat16),
+]
+MOST_REGISTERS = 2  # of them, at the front: for chips on which the others would take minutes to show no more
+
+
+def launched(chip: int, shape: tuple[int, ...], stride: int, dilation: int, dtype: torch.dtype,
+             kernel: int = 3, activation: str = "relu6") -> list[Compiled]:  # fmt: skip
+    from deeplab_fast.kernels import depthwise_conv, depthwise_conv_backward
+
+    out = (*shape[:2], *((size - 1) // stride + 1 for size in shape[2:]))
+    layout = {"dtype": dtype, "memory_format": torch.channels_last}
+    grad_y, x, grad_z = torch.empty(out, **layout), torch.empty(shape, **layout), torch.empty(shape, **layout)
+    weight, grad_weight = (torch.empty((shape[1], 1, kernel, kernel), dtype=dtype) for _ in range(2))
+    norm = depthwise_conv.Norm(*(torch.empty(shape[1]) for _ in range(4)), 1e-5, activation)
+    window = stride, dilation
+
+    def run() -> None:
+        depthwise_conv.depthwise_conv_statistics(x, weight, *window, norm)
+        given = grad_y, x, weight, norm, grad_z, grad_weight
+        depthwise_conv_backward.depthwise_conv_normalised_backward(*given, *window)
+
+    return compile_launches(chip, run)
+
+
+def check_compiled(kernel: Compiled) -> None:
+    """No spills; nothing narrower than 16 bytes is loaded, the statistics' parts aside; sums are gathered."""
+    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
+    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
+    assert loads and (kernel.name == "_merge" or all(".v4." in load or ".v8." in load for load in loads)), loads
+    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
+
+
+@needs_compiler
+@pytest.mark.parametrize("chip", CHIPS)
+def test_compiles_ahead_of_time(chip):
+    for case in LAUNCHES if chip == 90 else LAUNCHES[:MOST_REGISTERS]:
+        found = launched(chip, *case)
+        assert {kernel.name for kernel in found} == {"_rows", "_merge", "_chains"}
+        for kernel in found:
+            check_compiled(kernel)
+    found = launched(chip, (2, 64, 33, 33), 1, 1, torch.bfloat16, 5)
+    assert {kernel.name for kernel in found} == {"gather", "_merge", "_products"}
+    for kernel in found:
+        check_compiled(kernel)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "activation, shape", [("none", (1, 1, 1, 1)), ("relu", (2, 8, 1, 37)), ("relu6", (1, 5, 41, 1))]
+)
+def test_compiles_for_sizes_of_one(activation, shape):
+    """Triton makes constants of them."""
+    for stride, dilation, kernel in ((1, 1, 3), (2, 1, 3), (1, 6, 3), (2, 1, 1), (1, 1, 5)):
+        launched(90, shape, stride, dilation, torch.float32, kernel, activation)
+
+
+@needs_compiler
+def test_offsets_of_images_have_64_bits():
+    """The image, the grid's second dimension, is widened before anything is computed with it."""
+    for case in (LAUNCHES[0], LAUNCHES[1]):
+        for kernel in launched(90, *case):
+            if kernel.name != "_merge":
+                (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
+                lines = [x for x in kernel.ptx.splitlines() if re.search(rf"{register}\b", x) and "ctaid" not in x]
+                assert lines and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in lines), lines
