@@ -3,7 +3,8 @@
 Half of the time of a small command is its imports, and torchrun starts three processes of them. Here one process has
 imported all and forks. A client of a few milliseconds stands for the command: it has its command line, its output, its
 signals and its exit status, and takes it along when it is killed. Where this cannot be it is the plain interpreter.
-What it does not show: that a command imports all it needs, and how an interpreter starts.
+What it does not show: that a command imports all it needs, how an interpreter starts, another order of sets (all have
+the server's hash seed) and another OMP_NUM_THREADS than 1, which is read as torch is loaded.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def python() -> list[str]:
 
 
 def _start() -> str:
-    """The address of a server that ends with this process."""
+    """The address of a server that ends with this process, however that ends."""
     import atexit
     import shutil
     import subprocess
@@ -37,22 +38,26 @@ def _start() -> str:
 
     folder = tempfile.mkdtemp(prefix="forked")  # short: a socket's path has 108 characters at most
     address = f"{folder}/socket"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # which is read as torch is loaded
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    argv = [sys.executable, __file__, "server", address]
-    server = subprocess.Popen(argv, **pipes, env=environment, start_new_session=True)
-    assert server.stdout.readline() == b"ready\n"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, __file__, "server", address, str(os.getpid())]
+    server = subprocess.Popen(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
 
     @atexit.register
     def stop() -> None:
-        server.stdin.close()
+        server.kill()
         server.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+    if server.stdout.readline() != b"ready\n":
+        raise RuntimeError(f"the server of forked commands ended with {server.wait()}; its error stands above")
 
     return address
 
 
-def serve(address: str) -> None:
+def serve(address: str, tests: int) -> None:
+    """Until the process with the id `tests` ends: its own end, not a pipe's, which others may hold open."""
     import importlib
     import select
 
@@ -63,17 +68,17 @@ def serve(address: str) -> None:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen(64)
+    ended = os.pidfd_open(tests)
     os.write(1, b"ready\n")
     keepers = []
-    while 0 not in select.select([0, listener], [], [])[0]:
+    while ended not in select.select([ended, listener], [], [])[0]:
         connection, _ = listener.accept()
         if (keeper := os.fork()) == 0:
             listener.close()
+            os.close(ended)
             return keep(connection)
         connection.close()
         keepers = [pid for pid in (*keepers, keeper) if os.waitpid(pid, os.WNOHANG)[0] == 0]
-    for pid in keepers:
-        os.waitpid(pid, os.WNOHANG)
 
 
 def keep(connection: socket.socket) -> None:
@@ -83,20 +88,24 @@ def keep(connection: socket.socket) -> None:
 
     data, (out, err), _, _ = socket.recv_fds(connection, 1 << 20, 2)
     while not data.endswith(b"\n"):
-        data += connection.recv(1 << 20)
+        more = connection.recv(1 << 20)
+        if not more:  # the client was killed
+            os._exit(1)
+        data += more
     pid = os.fork()
     if pid == 0:
         connection.close()
         return become(json.loads(data), out, err)
     os.close(out)
     os.close(err)
-    connection.sendall(f"{pid}\n".encode())
     ended = os.pidfd_open(pid)
-    if ended not in select.select([ended, connection], [], [])[0]:
-        os.kill(pid, signal.SIGKILL)  # the client was killed
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     try:
-        connection.sendall(f"{status}\n".encode())
+        connection.sendall(f"{pid}\n".encode())
+        if ended not in select.select([ended, connection], [], [])[0]:
+            raise ConnectionResetError
+        connection.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\n".encode())
+    except OSError:  # the client was killed
+        signal.pidfd_send_signal(ended, signal.SIGKILL)
     finally:
         os._exit(0)
 
@@ -156,6 +165,6 @@ def be_client(address: str, *argv: str) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "server":
-        serve(sys.argv[2])
+        serve(sys.argv[2], int(sys.argv[3]))
     else:
         be_client(*sys.argv[2:])

@@ -36,7 +36,7 @@ SHAPES = [
 # Channels of more than one round, and of two thin ones.
 MANY_CHANNELS = [((1, 2048, 6, 11), 70, 2, 1), ((1, 2053, 2, 3), 5, 1, 1), ((1, 5000, 3, 5), 33, 1, 1)]
 if INTERPRET:  # whose kernel has one loop over all channels
-    MANY_CHANNELS[0] = ((1, 520, 6, 11), 70, 2, 1)
+    MANY_CHANNELS[0] = ((1, 512, 6, 11), 70, 2, 1)
 
 
 def arguments(
@@ -101,7 +101,7 @@ def check(options: dict[str, Any], backend: str) -> Tensor:
 
 
 @on_each_backend
-@pytest.mark.parametrize("shapes, dtype", crossed(SHAPES + MANY_CHANNELS[:1], DTYPES), ids=str)
+@pytest.mark.parametrize("shapes, dtype", crossed(SHAPES[:7] + MANY_CHANNELS[:1] + SHAPES[7:], DTYPES), ids=str)
 def test_matches_definition(backend, device, shapes, dtype):
     shape, out_channels, dilation, stride = shapes
     options = arguments(shape, out_channels, dtype, dilation=dilation, stride=stride)
