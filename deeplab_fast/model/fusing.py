@@ -17,66 +17,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from .. import ops
-from ..ops.precision import autocast_dtype
-from . import layers
-from .layers import (
-    ACTIVATIONS,
-    conv_norm_act,
-    conv_norm_act_depthwise,
-    is_plain,
-    is_plain_depthwise,
-    is_plain_pointwise,
-)
+from .fused import concat, convolve, norm_act, resize_concat
+from .layers import conv_norm_act, conv_norm_act_depthwise, is_plain, is_plain_depthwise, is_plain_pointwise
 from .layers import separable_norm_act as separable
 from .reading import Path, Reading, add_in_place, attribute, class_of, read
 
 ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 ACTIVATION_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
+TENSORS = (Tensor, nn.Parameter)
 RESIZES = (nn.Upsample, nn.UpsamplingBilinear2d)
 WRITE_NOTHING = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RESIZES)
 # Methods, which an attribute of a module's own would hide.
 METHODS = {name for kind in (nn.Sequential, *WRITE_NOTHING) for name in dir(kind) if callable(getattr(kind, name))}
-
-
-def convolve(x: Tensor, conv: nn.Module) -> Tensor:
-    """conv(x), of one image too."""
-    return layers.convolve(x, conv) if x.dim() == 4 else conv(x)
-
-
-def norm_act(x: Tensor, norm: nn.Module, activation: str, residual: Any = None, in_place: bool = False) -> Tensor:
-    """activation(norm(x) + residual) in the dtype that this has: autocast leaves norms and sums theirs."""
-    same = residual is None or (
-        isinstance(residual, Tensor) and residual.shape == x.shape and residual.dtype == x.dtype
-    )
-    if same and x.dim() == 4 and x.dtype == autocast_dtype(x.device, x.dtype):
-        return layers.norm_act(x, norm, activation, residual)
-    y = norm(x)
-    if residual is not None:
-        y = add_in_place(y, residual) if in_place else y + residual
-    return ACTIVATIONS[activation](y)
-
-
-def resize_concat(x: Tensor, low_level: Tensor, size: Any, scale: Any, align_corners: bool | None) -> Tensor:
-    """torch.cat((x resized, low_level), 1), x by `F.interpolate`'s bilinear mode with size or scale."""
-    if x.dim() == low_level.dim() == 4 and x.dtype == low_level.dtype == autocast_dtype(x.device, x.dtype):
-        given = size
-        if scale is not None:
-            scales = scale if isinstance(scale, (tuple, list)) else (scale,) * 2
-            given = tuple(s * n for s, n in zip(scales, x.shape[2:], strict=False))
-        given = (given,) * 2 if isinstance(given, int) else tuple(given)
-        alike = given == tuple(low_level.shape[2:]) and x.shape[0] == low_level.shape[0]
-        if alike and ops.has_kernel("upsample_concat", x):
-            return ops.upsample_concat(x, low_level, align_corners=bool(align_corners))
-    return torch.cat((F.interpolate(x, size, scale, "bilinear", align_corners), low_level), 1)
-
-
-def concat(parts: list[Tensor]) -> Tensor:
-    """torch.cat(parts, 1), in channels-last where one of them is: torch turns a mixture of layouts into NCHW."""
-    last = torch.channels_last
-    if any(x.dim() == 4 and x.is_contiguous(memory_format=last) and not x.is_contiguous() for x in parts):
-        parts = [x.contiguous(memory_format=last) for x in parts]
-    return torch.cat(parts, 1)
 
 
 OURS = (convolve, norm_act, conv_norm_act, conv_norm_act_depthwise, separable, resize_concat, concat)
@@ -161,9 +113,10 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """No hooks, and the methods of its type."""
-    own = vars(module)
-    return is_plain(module, type(module)) and own.keys().isdisjoint(METHODS) and module._compiled_call_impl is None
+    """No hooks, the methods of its type, and tensors of torch's own."""
+    own = vars(module).keys().isdisjoint(METHODS) and module._compiled_call_impl is None
+    tensors = (*module._parameters.values(), *module._buffers.values())
+    return own and is_plain(module, type(module)) and all(t is None or type(t) in TENSORS for t in tensors)
 
 
 class Rewriting:

@@ -2,17 +2,16 @@
 
 Read is a small part of Python (`Reader`); a forward that holds anything else is refused as a whole. What is read is
 done again in the same order with the same objects, so that a graph nobody has changed does what the forward does,
-whatever its values are. That the source is what runs is not believed: compiled again, it must give the same code.
+whatever its values are.
 """
 
 from __future__ import annotations
 
 import ast
-import functools
 import inspect
 import operator
 from collections.abc import Iterable
-from types import CodeType, FunctionType, ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from .layers import is_plain
+from .source import Refused, parse
 
 Path = tuple[str, ...]  # names of children, from the module whose forward it is
 MISSING = object()
@@ -39,10 +39,6 @@ def add_in_place(x: Any, y: Any) -> Any:
     """What `x += y` makes of x."""
     x += y
     return x
-
-
-class Refused(Exception):
-    """The forward holds something that is not read."""
 
 
 class Child(NamedTuple):
@@ -108,41 +104,6 @@ def _is_container(kind: type[nn.Module]) -> bool:
     return any(issubclass(kind, container) and kind.__iter__ is container.__iter__ for container in CONTAINERS)
 
 
-def _parse(function: FunctionType) -> tuple[ast.FunctionDef, str]:
-    """The definition, and the name of the one argument beside self ("*x" where it takes all there are)."""
-    code = function.__code__
-    lines, _ = inspect.findsource(code)
-    definition, compiled = _definitions("".join(lines)).get((code.co_name, code.co_firstlineno), (None, None))
-    if definition is None or definition.decorator_list or code.co_freevars or not _same_code(compiled, code):
-        raise Refused
-    starred = bool(code.co_flags & inspect.CO_VARARGS)
-    other = code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS or function.__defaults__
-    if other or code.co_argcount + starred != 2 or code.co_argcount == 0:
-        raise Refused
-    return definition, "*" * starred + code.co_varnames[1]
-
-
-@functools.lru_cache(maxsize=16)
-def _definitions(source: str) -> dict[tuple[str, int], tuple[ast.FunctionDef, CodeType]]:
-    """The functions of a file by name and line. The whole of it: what it imports changes what is compiled."""
-    tree, codes = ast.parse(source), [compile(source, "<forward>", "exec", dont_inherit=True)]
-    for code in codes:  # grows
-        codes += [part for part in code.co_consts if isinstance(part, CodeType)]
-    by_line = {(code.co_name, code.co_firstlineno): code for code in codes}
-    functions = (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
-    return {key: (f, by_line[key]) for f in functions if (key := (f.name, f.lineno)) in by_line}
-
-
-def _same_code(a: CodeType, b: CodeType) -> bool:
-    parts = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars", "co_argcount", "co_kwonlyargcount")
-    if any(getattr(a, part) != getattr(b, part) for part in parts) or len(a.co_consts) != len(b.co_consts):
-        return False
-    return all(
-        _same_code(x, y) if isinstance(x, CodeType) and isinstance(y, CodeType) else type(x) is type(y) and x == y
-        for x, y in zip(a.co_consts, b.co_consts, strict=True)
-    )
-
-
 class Reader:
     """Goes through the statements of a forward once, loops unrolled, and puts down in a graph what is called.
 
@@ -154,7 +115,7 @@ class Reader:
         function = inspect.getattr_static(class_of(module), "forward")
         if type(function) is not FunctionType:
             raise Refused
-        definition, argument = _parse(function)
+        definition, argument = parse(function)
         self.module, self.training, self.globals = module, training, function.__globals__
         self.own = function.__code__.co_varnames[0]
         self.locals = {*function.__code__.co_varnames, *function.__code__.co_cellvars}
