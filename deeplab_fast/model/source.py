@@ -17,7 +17,7 @@ def parse(function: FunctionType) -> tuple[ast.FunctionDef, str]:
     code = function.__code__
     lines, _ = inspect.findsource(code)
     definition, compiled = _definitions("".join(lines)).get((code.co_name, code.co_firstlineno), (None, None))
-    if definition is None or definition.decorator_list or code.co_freevars or not _same_code(compiled, code):
+    if definition is None or code.co_freevars or not _same_code(compiled, code):
         raise Refused
     starred = bool(code.co_flags & inspect.CO_VARARGS)
     other = code.co_kwonlyargcount or code.co_flags & inspect.CO_VARKEYWORDS or function.__defaults__
