@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from deeplab_fast import accelerate, accelerated, build_model
 from deeplab_fast.errors import UserError
@@ -815,11 +815,18 @@ def test_what_is_called_is_recorded_as_the_plain_model(network) -> None:
     assert "deeplab_fast" not in str(graphs[0].graph) + str(graphs[1].inlined_graph) + str(graphs[2].inlined_graph)
     whole = torch.export.export(accelerate(network.eval()), (image(),))
     assert "deeplab_fast" not in str(whole.graph) and "batch_norm" in str(whole.graph)
-    graph = torch.fx.symbolic_trace(nn.Sequential(plain, nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3))))
-    kinds = [type(module) for module in graph.modules()]
     with pytest.raises(UserError, match="found nothing to replace"):
-        accelerate(graph)
-    assert [type(module) for module in graph.modules()] == kinds
+        accelerate(torch.fx.symbolic_trace(plain))
+
+
+class Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
 
 
 def test_transforms_and_other_tensors_get_the_plain_model() -> None:
@@ -839,9 +846,9 @@ def test_transforms_and_other_tensors_get_the_plain_model() -> None:
     for transform in transforms:
         torch.testing.assert_close(transform(fast), transform(plain), rtol=1e-4, atol=1e-4)
     assert copy.deepcopy(fast).to("meta")(x[0].to("meta")).device.type == "meta"
-    with FlopCounterMode(display=False) as counter:
+    with Names() as seen, torch.no_grad():
         fast(x[0])
-    assert counter.get_total_flops() == 2 * 2 * 5 * 6 * 9 and not ran() - {"batch_norm_act_inference"}
+    assert seen.names and not any("deeplab_fast" in name for name in seen.names)
 
 
 def test_layout_is_of_four_dimensions() -> None:

@@ -24,7 +24,12 @@ from .reading import Path, Reading, add_in_place, attribute, class_of, read
 
 ACTIVATION_MODULES = {nn.ReLU: "relu", nn.ReLU6: "relu6"}
 ACTIVATION_FUNCTIONS = {F.relu: "relu", torch.relu: "relu", F.relu6: "relu6"}
-TENSORS = (Tensor, nn.Parameter)
+TENSORS = (nn.Parameter, Tensor, type(None))
+RESIZES = (nn.Upsample, nn.UpsamplingBilinear2d)
+WRITE_NOTHING = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RESIZES)
+# Methods that torch's layers call, which an attribute of a module's own would hide.
+SHADOWABLE = ("_conv_forward", "_check_input_dim", "_call_impl")
+TENSORS = (nn.Parameter, Tensor, type(None))
 RESIZES = (nn.Upsample, nn.UpsamplingBilinear2d)
 WRITE_NOTHING = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RESIZES)
 # Methods, which an attribute of a module's own would hide.
@@ -113,10 +118,15 @@ def _options(module: nn.Module) -> dict[str, Any]:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """No hooks, the methods of its type, and tensors of torch's own."""
-    own = vars(module).keys().isdisjoint(METHODS) and module._compiled_call_impl is None
-    tensors = (*module._parameters.values(), *module._buffers.values())
-    return own and is_plain(module, type(module)) and all(t is None or type(t) in TENSORS for t in tensors)
+    """No hooks, the methods of its type, and parameters of torch's own."""
+    own = vars(module)
+    for name in SHADOWABLE:
+        if name in own:
+            return False
+    for tensor in own["_parameters"].values():
+        if type(tensor) not in TENSORS:
+            return False
+    return module._compiled_call_impl is None and is_plain(module, type(module))
 
 
 class Rewriting:
