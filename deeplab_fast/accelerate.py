@@ -31,7 +31,8 @@ def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
         convolutions, batch norms with the sum and the activation that follow, bilinear upsampling into a concatenation
         and concatenations are looked for by structure in every module's forward, which is read, not run. A forward
         that holds more than calls of layers, loops over them and decisions by constants is left alone.
-    channels_last: also puts weights of four dimensions into that layout, which the ops want; inputs may have any.
+    channels_last: also puts weights of four dimensions into that layout, which the ops want, except those in memory
+        that others share. Inputs may have any layout; results have that one: `reshape` them, where `view` raises.
 
     Results, gradients and running statistics equal the model's own to rounding; parameters, state_dict, train(),
     eval(), hooks and deepcopy are what they were. A hook, a conversion, an option or another child put in later is
@@ -47,13 +48,14 @@ def accelerate(model: nn.Module, *, channels_last: bool = True) -> nn.Module:
     found = [(module, plans) for module in _others(model) if (plans := _plans(module))]
     for module, plans in found:
         module.__class__ = _subclass(type(module), plans)
-    if not accelerated(model):
+    if not any(isinstance(module, Accelerated) for module in model.modules()):
         raise UserError(
             f"accelerate found nothing to replace in {type(model).__name__}: expected convolutions and batch norms of "
             "torch.nn (models of deeplab_fast are made of its layers already)"
         )
     if channels_last:
-        model._apply(lambda t: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t)
+        for weight in filter(_may_move, model.parameters()):
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
     return model
 
 
@@ -62,7 +64,7 @@ def accelerated(model: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
     inside: set[nn.Module] = set()  # of a module that calls their layers itself
     for module in model.modules():
-        if module in inside or not isinstance(module, Accelerated) or (plan := module._plan()) is None:
+        if module in inside or not isinstance(module, Accelerated) or (plan := _plan(module)) is None:
             continue
         counts += plan.found
         inside.update(plan.inlined(module))
@@ -72,35 +74,46 @@ def accelerated(model: nn.Module) -> dict[str, int]:
 class Accelerated:
     """What an accelerated module's class has beside the module's own class."""
 
-    _plain_class: type[nn.Module]
-    _plans: dict[bool, Plan]
-
-    def _plan(self) -> Plan | None:
-        plan = self._plans.get(self.training)
-        return plan if plan is not None and plan.holds(self) else None
+    _deeplab_fast_class: type[nn.Module]  # what it was
+    _deeplab_fast_plans: dict[bool, Plan]  # by `training`
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Not by `forward`: who scripts, traces or calls that finds the model's own.
-        plan = None if kwargs or _is_watched() or not all(map(_is_plain, args)) else self._plan()
+        plan = None if kwargs or _is_watched() or not all(map(_is_plain, args)) else _plan(self)
         if plan is None or (len(args) != 1 and not plan.starred):
             return nn.Module.__call__(self, *args, **kwargs)
         return plan.forward(self, *args)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Module:
         own = type(self)
-        self.__class__ = self._plain_class
+        self.__class__ = plain = own._deeplab_fast_class
         try:
             copied = copy.deepcopy(self, memo)
         finally:
             self.__class__ = own
-        copied.__class__ = own
+        if type(copied) is plain:
+            copied.__class__ = own
         return copied
 
     def __reduce_ex__(self, protocol: int) -> tuple[Any, ...]:
         function, arguments, *state = super().__reduce_ex__(max(protocol, 2))
         if function is copyreg.__newobj__:  # which insists on the class of self
-            function = self._plain_class.__new__
-        return function, tuple(self._plain_class if a is type(self) else a for a in arguments), *state
+            function = self._deeplab_fast_class.__new__
+        return function, tuple(self._deeplab_fast_class if a is type(self) else a for a in arguments), *state
+
+
+def _plan(module: nn.Module) -> Plan | None:
+    """The one that holds. Of the class, which another thread may have changed back to copy the module."""
+    plan = getattr(type(module), "_deeplab_fast_plans", {}).get(module.training)
+    return plan if plan is not None and plan.holds(module) else None
+
+
+def _may_move(weight: nn.Parameter) -> bool:
+    """A weight of four dimensions in memory that nobody else can know."""
+    if type(weight) is not nn.Parameter or weight.dim() != 4:
+        return False
+    alone = weight.untyped_storage().nbytes() == weight.numel() * weight.element_size()
+    return alone and not (weight.device.type == "cpu" and weight.is_shared())
 
 
 def _is_watched() -> bool:
@@ -155,4 +168,5 @@ def _plans(module: nn.Module) -> dict[bool, Plan]:
 def _subclass(original: type[nn.Module], plans: dict[bool, Plan]) -> type[nn.Module]:
     """With the name of the original, so that it prints and is found as such."""
     same = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(original.__name__, (Accelerated, original), same | {"_plain_class": original, "_plans": plans})
+    own = {"_deeplab_fast_class": original, "_deeplab_fast_plans": plans}
+    return type(original.__name__, (Accelerated, original), same | own)

@@ -550,6 +550,35 @@ class OwnCall(Understood):
         return super().__call__(x) * 2
 
 
+class OwnInnerCall(Understood):
+    def _call_impl(self, *args: object) -> Tensor:
+        return super()._call_impl(*args) * 2
+
+
+class PrivateName(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.__act = nn.Sigmoid()
+        self.add_module("__act", nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.__act(self.norm(self.conv(x)))
+
+
+class NamedByAKeyword(Layers):
+    def __init__(self) -> None:
+        super().__init__()
+        self.named = nn.Sequential(OrderedDict([("global", nn.Conv2d(3, 3, 1)), ("in", nn.BatchNorm2d(3))]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(self.named(x)))
+
+
+class OtherSelf(Layers):
+    def forward(this, self: Tensor) -> Tensor:  # noqa: N805
+        return this.norm(this.conv(self))
+
+
 class OwnLookup(Understood):
     def __getattr__(self, name: str) -> object:
         return super().__getattr__("act" if name == "norm" and "act" in self._modules else name)
@@ -573,7 +602,7 @@ class NotItsSource(Layers):
 REFUSED = [
     *(AsksForType, AsksForAttribute, Draws, DrawsFromNumpy, Counts, MovesABuffer, LooseTensor, LooksAtValues),
     *(TakesTwo, WithoutGradient, WithoutAutocast, Checkpoints, Decorated, CallsAnAttribute, LooksUp, Super),
-    *(HidesAGlobal, OwnCall, OwnLookup, Registry, NotItsSource),
+    *(HidesAGlobal, OwnCall, OwnInnerCall, OwnLookup, Registry, NotItsSource, PrivateName, OtherSelf),
 ]
 
 
@@ -589,6 +618,47 @@ def test_what_is_not_understood_is_left_alone(kind) -> None:
     assert torch.equal(torch.get_rng_state(), state[0]) and random.getstate() == state[1] and not Registry.known
     with pytest.raises(UserError, match=f"found nothing to replace in {kind.__name__}"):
         accelerate(plain)
+
+
+def test_names_that_code_cannot_hold_are_left_alone() -> None:
+    model = accelerate(nn.Sequential(NamedByAKeyword(), Understood()))
+    assert type(model[0]) is NamedByAKeyword and type(model[0].named) is nn.Sequential
+    assert accelerated(model) == {"batch norm, ReLU": 1}
+
+
+class TrainsByCheckpoint(Layers):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return checkpoint(self.conv, x, use_reentrant=False)
+        return self.relu(self.norm(self.conv(x)))
+
+
+def test_what_only_the_other_mode_holds_is_no_error() -> None:
+    model = accelerate(TrainsByCheckpoint().train())
+    assert accelerated(model) == {} and accelerated(model.eval()) == {"batch norm, ReLU": 1}
+
+
+class SameNames(Understood):
+    def __init__(self) -> None:
+        super().__init__()
+        self._plans, self._plain_class = [1], "mine"
+
+    def _plan(self) -> str:
+        return "mine"
+
+
+def test_names_of_the_users_own_stay_theirs() -> None:
+    model = copy.deepcopy(accelerate(SameNames()))
+    assert (model._plans, model._plain_class, model._plan()) == ([1], "mine", "mine") and accelerated(model)
+
+
+class CopiedAsAnother(Understood):
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        return nn.Identity()
+
+
+def test_what_a_copy_is_the_users_class_says() -> None:
+    assert type(copy.deepcopy(accelerate(CopiedAsAnother()))) is nn.Identity
 
 
 def test_the_same_module_is_understood() -> None:
@@ -796,6 +866,13 @@ def test_only_the_same_resize_is_replaced(options: dict, native_too: bool) -> No
                 fast(x)
 
 
+def test_a_size_that_code_cannot_hold_is_left_alone() -> None:
+    model = Resizes(size=(np.int64(9), np.int64(14)))
+    x = [image(1, 4, 4, 7), image(1, 3, 9, 14)]
+    torch.testing.assert_close(accelerate(copy.deepcopy(model))(x), model(x))
+    assert "upsample_concat" not in ran()
+
+
 def test_what_is_called_is_recorded_as_the_plain_model(network) -> None:
     """Exported (for any size too), compiled, scripted, traced: no op of this project, and the same results."""
     plain = Understood().eval()
@@ -859,6 +936,23 @@ def test_layout_is_of_four_dimensions() -> None:
     model = Understood()
     model.other = nn.Conv3d(3, 3, 3)
     assert accelerate(model).other.weight.dim() == 5
+
+
+def test_layout_of_shared_memory_is_left_alone() -> None:
+    model, flat = Understood(), torch.zeros(3 * 3 * 3 * 3 + 1)
+    model.conv.weight = nn.Parameter(torch.randn(3, 3, 2, 2))
+    model.conv.share_memory()
+    model.conv2.weight.data = flat[1:].view(3, 3, 3, 3)
+    buffer = model.register_buffer("kept", torch.zeros(1, 2, 3, 3)) or model.kept
+    accelerate(model)
+    assert model.conv.weight.is_shared() and model.kept is buffer
+    flat.fill_(1)
+    assert model.conv2.weight.eq(1).all()
+
+
+def test_layers_that_have_no_weights_yet_are_left_alone() -> None:
+    model = accelerate(nn.Sequential(Understood(), nn.LazyConv2d(4, 3)))
+    assert model(image(1, 3, 5, 6)).shape == (1, 4, 3, 4)
 
 
 def test_layout_is_an_option(network) -> None:

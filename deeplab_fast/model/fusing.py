@@ -29,13 +29,6 @@ RESIZES = (nn.Upsample, nn.UpsamplingBilinear2d)
 WRITE_NOTHING = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RESIZES)
 # Methods that torch's layers call, which an attribute of a module's own would hide.
 SHADOWABLE = ("_conv_forward", "_check_input_dim", "_call_impl")
-TENSORS = (nn.Parameter, Tensor, type(None))
-RESIZES = (nn.Upsample, nn.UpsamplingBilinear2d)
-WRITE_NOTHING = (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, *RESIZES)
-# Methods, which an attribute of a module's own would hide.
-METHODS = {name for kind in (nn.Sequential, *WRITE_NOTHING) for name in dir(kind) if callable(getattr(kind, name))}
-
-
 OURS = (convolve, norm_act, conv_norm_act, conv_norm_act_depthwise, separable, resize_concat, concat)
 
 
@@ -93,7 +86,7 @@ def plan(module: nn.Module, *, training: bool) -> Plan | None:
     parts = {path: descend(module, path) for path in sorted(paths)}
     plain = {path: class_of(part) for path, part in parts.items()}
     options = {path: _options(part) for path, part in parts.items() if _options(part)}
-    found = Plan(rewriting.forward(), rewriting.found, reading, plain, options)
+    found = Plan(rewriting.forward(), rewriting.found, reading._replace(graph=None), plain, options)
     return found if found.holds(module) else None
 
 
@@ -283,7 +276,7 @@ class Rewriting:
             return None
         found = options.pop("size", None), options.pop("scale_factor", None), options.pop("align_corners", None)
         plain = options.pop("mode", None) == "bilinear" and not any(options.values())
-        return found if plain and found[:2].count(None) == 1 else None
+        return found if plain and found[:2].count(None) == 1 and all(map(_can_be_written, found)) else None
 
     def _emit(self, name: str, function: Callable, arguments: tuple, chain: list[fx.Node]) -> None:
         """One call in the place of a chain's last; nodes of the chain among its arguments stand for their modules."""
@@ -301,6 +294,13 @@ class Rewriting:
             self.graph.erase_node(node)
             if node.op == "call_module":
                 self.plain.add(node.target)
+
+
+def _can_be_written(option: Any) -> bool:
+    """Stands in the forward's code as it prints."""
+    if type(option) is tuple:
+        return all(map(_can_be_written, option))
+    return option is None or isinstance(option, fx.Node) or type(option) in (bool, int, float)
 
 
 def _named(activation: str) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import keyword
 import operator
 from collections.abc import Iterable
 from types import FunctionType, ModuleType
@@ -51,7 +52,7 @@ class Child(NamedTuple):
 class Reading(NamedTuple):
     """A forward's graph, and what it is true for: see `Plan.holds`."""
 
-    graph: fx.Graph
+    graph: fx.Graph | None  # None once a function is made of it
     function: FunctionType
     names: list[tuple[dict[str, Any], str, Any]]  # a namespace, a name, what it named
     attributes: dict[str, Any]  # of the module itself: constants, or whether a child is there
@@ -71,7 +72,7 @@ def read(module: nn.Module, *, training: bool) -> Reading | None:
 
 def class_of(module: nn.Module) -> type[nn.Module]:
     """What a module was before it was accelerated."""
-    return getattr(type(module), "_plain_class", type(module))
+    return getattr(type(module), "_deeplab_fast_class", type(module))
 
 
 def attribute(module: nn.Module, name: str) -> Any:
@@ -96,7 +97,8 @@ def is_sequence(module: nn.Module) -> bool:
 
 def _is_ordinary(kind: type[nn.Module]) -> bool:
     """Calls and attributes are those of nn.Module."""
-    same = all(getattr(kind, name) is getattr(nn.Module, name) for name in ("__call__", "__getattr__"))
+    names = ("__call__", "_wrapped_call_impl", "_call_impl", "__getattr__")
+    same = all(getattr(kind, name) is getattr(nn.Module, name) for name in names)
     return same and kind.__getattribute__ is object.__getattribute__
 
 
@@ -118,6 +120,8 @@ class Reader:
         definition, argument = parse(function)
         self.module, self.training, self.globals = module, training, function.__globals__
         self.own = function.__code__.co_varnames[0]
+        if argument.lstrip("*") == "self":
+            raise Refused
         self.locals = {*function.__code__.co_varnames, *function.__code__.co_cellvars}
         self.reading = Reading(fx.Graph(), function, [], {}, {}, [])
         self.graph = self.reading.graph
@@ -249,6 +253,8 @@ class Reader:
             return self.graph.call_function(getattr, (of, name))
         if not isinstance(of, Child) or hasattr(class_of(of.module), name) or not _is_ordinary(class_of(of.module)):
             raise Refused
+        if name.startswith("__"):  # which a class makes another name of
+            raise Refused
         if name == "training" and not of.path:
             return self.training
         value = attribute(of.module, name)
@@ -303,9 +309,9 @@ class Reader:
         return self.graph.call_function(function, arguments, {k.arg: self.argument(k.value) for k in e.keywords})
 
     def called(self, child: Child, arguments: tuple[fx.Node, ...]) -> fx.Node:
-        if len(arguments) != 1 or not child.path or not is_sequence(child.module):
-            if not child.path:  # itself
-                raise Refused
+        if not child.path or any(map(keyword.iskeyword, child.path)):  # itself, or no name that code can hold
+            raise Refused
+        if len(arguments) != 1 or not is_sequence(child.module):
             return self.graph.create_node("call_module", ".".join(child.path), arguments)
         self.reading.sequences.append(child.path)
         (x,) = arguments
