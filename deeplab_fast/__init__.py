@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .accelerate import accelerate, accelerated
 from .ops import confusion_matrix
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .model.importers import load_weights
 
 __version__ = "0.1.0"
-__all__ = ["build_model", "confusion_matrix", "load_model", "load_weights"]
+__all__ = ["accelerate", "accelerated", "build_model", "confusion_matrix", "load_model", "load_weights"]
 
 
 def __getattr__(name: str) -> Any:

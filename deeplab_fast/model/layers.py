@@ -80,7 +80,7 @@ def _normalises_as_it_convolves(
     return (
         activation in FUSED
         and ops.has_kernel("depthwise_conv_normalised", x)
-        and _is_plain_depthwise(depthwise)
+        and is_plain_depthwise(depthwise)
         and all(_is_plain_batch_norm(n) and n.training for n in (norm, depthwise_norm))
         and not (type(norm) is SyncBatchNorm2d and norm.processes())
     )
@@ -146,10 +146,10 @@ def is_plain(module: nn.Module, *types: type) -> bool:
 
 
 def _is_fast_depthwise(x: Tensor, conv: nn.Module) -> bool:
-    return ops.has_kernel("depthwise_conv", x) and _is_plain_depthwise(conv)
+    return ops.has_kernel("depthwise_conv", x) and is_plain_depthwise(conv)
 
 
-def _is_plain_depthwise(conv: nn.Module) -> bool:
+def is_plain_depthwise(conv: nn.Module) -> bool:
     return (
         is_plain(conv, nn.Conv2d)
         and conv.groups == conv.in_channels == conv.out_channels
@@ -163,7 +163,7 @@ def _is_plain_depthwise(conv: nn.Module) -> bool:
     )
 
 
-def _is_plain_pointwise(conv: nn.Module) -> bool:
+def is_plain_pointwise(conv: nn.Module) -> bool:
     return (
         is_plain(conv, nn.Conv2d)
         and conv.kernel_size == conv.stride == (1, 1)
@@ -176,9 +176,11 @@ def _is_plain_pointwise(conv: nn.Module) -> bool:
 def _is_plain_batch_norm(norm: nn.Module) -> bool:
     return (
         is_plain(norm, nn.BatchNorm2d, SyncBatchNorm2d, FrozenBatchNorm2d)
-        and norm.affine
+        and norm.weight is not None
+        and norm.bias is not None
         and norm.track_running_stats
         and norm.running_mean is not None
+        and norm.running_var is not None
         and norm.num_batches_tracked is not None
         and norm.weight.dtype == norm.running_mean.dtype == torch.float32
     )
@@ -250,45 +252,78 @@ class SeparableConv(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """residual, of the result's shape, is added before the last activation."""
-        if residual is None and self._folds(x):
-            scale, shift = (None, None) if self.depthwise_norm is None else _affine(self.depthwise_norm)
-            last_scale, last_shift = _affine(self.norm)
-            return ops.separable_conv(
-                x,
-                self.depthwise.weight,
-                self.pointwise.weight,
-                depthwise_scale=scale,
-                depthwise_shift=shift,
-                depthwise_activation=self._inner(),
-                scale=last_scale,
-                shift=last_shift,
-                activation=self.activation,
-                dilation=self.depthwise.dilation[0],
-                stride=self.depthwise.stride[0],
-            )
-        if self.depthwise_norm is not None:
-            x = conv_norm_act(x, self.depthwise, self.depthwise_norm, self.depthwise_activation)
-        else:
-            x = convolve(x, self.depthwise)
-        return conv_norm_act(x, self.pointwise, self.norm, self.activation, residual)
+        return separable_norm_act(x, *self._parts(), residual)
+
+    def _parts(self) -> tuple[nn.Module, nn.Module, nn.Module, str, nn.Module | None, str]:
+        inner = self.depthwise_norm, self.depthwise_activation
+        return self.depthwise, self.pointwise, self.norm, self.activation, *inner
 
     def _inner(self) -> str:
         """The activation between the two convolutions."""
         return "none" if self.depthwise_norm is None else self.depthwise_activation
 
     def _folds(self, x: Tensor) -> bool:
-        """Whether the whole layer is one op: nothing asks for a gradient, and the norms are running ones."""
-        norms = [norm for norm in (self.depthwise_norm, self.norm) if norm is not None]
-        return (
-            not torch.is_grad_enabled()
-            and ops.has_kernel("separable_conv", x)
-            and self.activation in FUSED
-            and self.depthwise_activation in FUSED
-            and _is_plain_depthwise(self.depthwise)
-            and self.depthwise.kernel_size == (3, 3)
-            and _is_plain_pointwise(self.pointwise)
-            and all(_is_plain_batch_norm(norm) and not norm.training for norm in norms)
+        return _folds(x, *self._parts())
+
+
+def separable_norm_act(
+    x: Tensor,
+    depthwise: nn.Module,
+    pointwise: nn.Module,
+    norm: nn.Module,
+    activation: str = "relu",
+    depthwise_norm: nn.Module | None = None,
+    depthwise_activation: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`SeparableConv` of any modules: (N, C, H, W) -> (N, C', H', W'); residual as the result.
+
+    Without depthwise_norm nothing stands between the convolutions.
+    """
+    if residual is None and _folds(x, depthwise, pointwise, norm, activation, depthwise_norm, depthwise_activation):
+        scale, shift = (None, None) if depthwise_norm is None else _affine(depthwise_norm)
+        last_scale, last_shift = _affine(norm)
+        return ops.separable_conv(
+            x,
+            depthwise.weight,
+            pointwise.weight,
+            depthwise_scale=scale,
+            depthwise_shift=shift,
+            depthwise_activation="none" if depthwise_norm is None else depthwise_activation,
+            scale=last_scale,
+            shift=last_shift,
+            activation=activation,
+            dilation=depthwise.dilation[0],
+            stride=depthwise.stride[0],
         )
+    if depthwise_norm is not None:
+        x = conv_norm_act(x, depthwise, depthwise_norm, depthwise_activation)
+    else:
+        x = convolve(x, depthwise)
+    return conv_norm_act(x, pointwise, norm, activation, residual)
+
+
+def _folds(
+    x: Tensor,
+    depthwise: nn.Module,
+    pointwise: nn.Module,
+    norm: nn.Module,
+    activation: str,
+    depthwise_norm: nn.Module | None,
+    depthwise_activation: str,
+) -> bool:
+    """Whether the whole layer is one op: nothing asks for a gradient, and the norms are running ones."""
+    norms = [norm] if depthwise_norm is None else [depthwise_norm, norm]
+    return (
+        not torch.is_grad_enabled()
+        and ops.has_kernel("separable_conv", x)
+        and activation in FUSED
+        and depthwise_activation in FUSED
+        and is_plain_depthwise(depthwise)
+        and depthwise.kernel_size == (3, 3)
+        and is_plain_pointwise(pointwise)
+        and all(_is_plain_batch_norm(norm) and not norm.training for norm in norms)
+    )
 
 
 def separable_concat(x: Tensor, first: Tensor, branches: Sequence[nn.Module], last: Tensor | None) -> Tensor | None:
