@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import random
 import types
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import accelerate as benchmark
 from deeplab_fast import accelerate, accelerated, build_model
 from deeplab_fast.errors import UserError
 from deeplab_fast.ops import dispatch, native
@@ -976,3 +978,14 @@ def test_layout_is_an_option(network) -> None:
 def test_nothing_to_replace_is_one_sentence(model, said: str) -> None:
     with pytest.raises(UserError, match=said):
         accelerate(model())
+
+
+def test_the_committed_table_and_readme_are_of_the_committed_figures() -> None:
+    path = benchmark.RESULTS / "accelerate.json"
+    about = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == benchmark.table(about)
+    readme = (benchmark.RESULTS.parent.parent / "README.md").read_text()
+    for cases in about["results"].values():
+        rows = cases.values()
+        cells = [f"{row['channels_last_ratio']:.2f} ({row['as_it_is_ratio']:.2f})" for row in rows]
+        assert len(cells) == 4 and " | ".join(cells) in readme
