@@ -12,7 +12,7 @@ bytes: it may be memory or these that binds.
 Of z = act(batch norm of x), `Norm`: the same 3 T and two more sums a part, for which a pass of their own reads 2 T.
 batch_norm_act_backward's 3 T follow. At stride 1 z is made once of each pixel in either pass, as grad_weight comes
 there from grad_y's taps around x: 66 instructions, which should bind. At stride 2 a pixel of grad_y costs 131 for 18
-bytes, and it may be both.
+bytes, and it may be both. A channel of x with NaN or Inf has no mean, and then no tap of grad_weight is spared.
 """
 
 from __future__ import annotations
