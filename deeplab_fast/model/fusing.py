@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .fused import concat, convolve, norm_act, resize_concat
-from .layers import conv_norm_act, conv_norm_act_depthwise, is_plain, is_plain_depthwise, is_plain_pointwise
+from .layers import conv_norm_act, conv_norm_act_depthwise, is_plain_depthwise, is_plain_pointwise, is_unhooked
 from .layers import separable_norm_act as separable
 from .reading import Path, Reading, add_in_place, attribute, class_of, read
 
@@ -119,7 +119,7 @@ def is_untouched(module: nn.Module) -> bool:
     for tensor in own["_parameters"].values():
         if type(tensor) not in TENSORS:
             return False
-    return module._compiled_call_impl is None and is_plain(module, type(module))
+    return module._compiled_call_impl is None and is_unhooked(module)
 
 
 class Rewriting:

@@ -140,9 +140,14 @@ def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def is_plain(module: nn.Module, *types: type) -> bool:
-    """Exactly one of these types, without a hook that its call would run."""
+    """Exactly one of these types, and `is_unhooked`."""
+    return type(module) in types and is_unhooked(module)
+
+
+def is_unhooked(module: nn.Module) -> bool:
+    """A call runs the forward of its type and no hook."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in types and "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
+    return "forward" not in vars(module) and not any(hooks) and not _has_any_global_hook()
 
 
 def _is_fast_depthwise(x: Tensor, conv: nn.Module) -> bool:

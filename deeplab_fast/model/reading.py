@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .layers import is_plain
+from .layers import is_unhooked
 from .source import Refused, parse
 
 Path = tuple[str, ...]  # names of children, from the module whose forward it is
@@ -89,7 +89,7 @@ def is_sequence(module: nn.Module) -> bool:
     kind = class_of(module)
     if kind.forward is not nn.Sequential.forward or not _is_ordinary(kind) or not _is_container(kind):
         return False
-    if not is_plain(module, type(module)):
+    if not is_unhooked(module):
         return False
     layers = module._modules.values()
     return all(layer is not None and (not layer._modules or is_sequence(layer)) for layer in layers)

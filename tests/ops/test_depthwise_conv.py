@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from unittest import mock
 
 import pytest
@@ -18,6 +17,7 @@ from deeplab_fast.ops.depthwise_conv import (
 )
 from deeplab_fast.testing import assert_close, backends, tolerances
 from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
+from tests.depthwise_checks import check_compiled, check_image_index, several_tiles_and_pieces
 
 OP = "depthwise_conv"
 on_each_backend = pytest.mark.parametrize("backend, device", backends(OP))
@@ -244,16 +244,10 @@ def test_fp16(backend, device, kernel, stride, dilation):
 
 @on_triton
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
-def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
-    """As large inputs have them, whose size would take the interpreter minutes."""
-    from deeplab_fast.kernels import common, depthwise_chains
-
-    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
-    found = common.configuration
-    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation):
     for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
         given = [t.to(device) for t in tensors(shape, 3, torch.float32)]
-        with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+        with several_tiles_and_pieces():
             check(given, backend, stride, dilation, "relu")
             check_statistics(*given[:2], backend, stride, dilation)
             if stride == 1:
@@ -591,14 +585,6 @@ def launched(chip: int, shape: tuple[int, ...], stride: int, dilations: list[int
     return compile_launches(chip, lambda: kernels.depthwise_conv_rates(x, rates, stride, "relu"))
 
 
-def check_compiled(kernel: Compiled) -> None:
-    """No spills, and nothing narrower than 16 bytes is loaded; the parts of statistics have no such promise."""
-    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
-    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
-    assert loads and (kernel.name == "_merge" or all(".v4." in load or ".v8." in load for load in loads)), loads
-    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
-
-
 @needs_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_ahead_of_time(chip):
@@ -623,10 +609,3 @@ def test_compiles_for_sizes_of_one(shape):
 def test_offsets_of_images_have_64_bits():
     for case in (LAUNCHES[0], LAUNCHES[6]):
         check_image_index(launched(90, *case)[0])
-
-
-def check_image_index(kernel: Compiled) -> None:
-    """The image, the grid's second dimension, is widened before anything is computed with it."""
-    (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
-    uses = [line for line in kernel.ptx.splitlines() if re.search(rf"{register}\b", line) and "ctaid" not in line]
-    assert uses and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in uses), uses

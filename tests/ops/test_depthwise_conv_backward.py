@@ -1,8 +1,6 @@
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +12,7 @@ from deeplab_fast.ops import depthwise_conv_backward, dispatch, native
 from deeplab_fast.ops.depthwise_conv_backward import depthwise_conv_backward_reference
 from deeplab_fast.testing import assert_close, backends
 from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
+from tests.depthwise_checks import check_compiled, check_image_index, several_tiles_and_pieces
 
 OP = "depthwise_conv_backward"
 CALL = torch.ops.deeplab_fast.depthwise_conv_backward.default
@@ -127,14 +126,8 @@ def test_fp16(backend, device, case):
 
 @on_triton
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
-def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
-    """As large inputs have them, whose size would take the interpreter minutes."""
-    from deeplab_fast.kernels import common, depthwise_chains
-
-    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
-    found = common.configuration
-    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
-    with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation):
+    with several_tiles_and_pieces():
         for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
             check(make(shape, stride, 3, torch.float32, device), stride, dilation, backend)
 
@@ -415,14 +408,6 @@ def launched(
     return compile_launches(chip, lambda: kernels.depthwise_conv_backward(*given))
 
 
-def check_compiled(kernel: Compiled) -> None:
-    """No spills, nothing narrower than 16 bytes is loaded, and sums are gathered."""
-    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
-    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
-    assert loads and all(".v4." in load or ".v8." in load for load in loads), loads
-    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
-
-
 @needs_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_ahead_of_time(chip):
@@ -445,8 +430,5 @@ def test_compiles_for_sizes_of_one(shape):
 
 @needs_compiler
 def test_offsets_of_images_have_64_bits():
-    """The image, the grid's second dimension, is widened before anything is computed with it."""
     (kernel,) = launched(90, *LAUNCHES[0])
-    (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
-    uses = [line for line in kernel.ptx.splitlines() if re.search(rf"{register}\b", line) and "ctaid" not in line]
-    assert uses and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in uses), uses
+    check_image_index(kernel)

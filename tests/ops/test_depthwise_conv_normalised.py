@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import re
-from unittest import mock
-
 import pytest
 import torch
 from torch import Tensor
@@ -17,6 +14,7 @@ from deeplab_fast.ops.depthwise_conv_normalised import (
 )
 from deeplab_fast.testing import assert_close, backends, tolerances
 from tests.ahead_of_time import CHIPS, Compiled, compile_launches, needs_compiler
+from tests.depthwise_checks import check_compiled, check_image_index, several_tiles_and_pieces
 
 OP = "depthwise_conv_normalised"
 CALL = torch.ops.deeplab_fast.depthwise_conv_normalised.default
@@ -119,14 +117,8 @@ def test_fp16(backend, device, case):
 
 @on_triton
 @pytest.mark.parametrize("stride, dilation", [(1, 1), (1, 5), (2, 1), (2, 6), (3, 2)])
-def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation, monkeypatch):
-    """As large inputs have them, whose size would take the interpreter minutes."""
-    from deeplab_fast.kernels import common, depthwise_chains
-
-    monkeypatch.setattr(depthwise_chains, "LARGER", 1)
-    found = common.configuration
-    many = {"SPAN": 3, "REGION": 7, "PROGRAMS": 1}
-    with mock.patch.object(common, "configuration", lambda *a: {k: many.get(k, v) for k, v in found(*a).items()}):
+def test_programs_of_several_tiles_and_pieces(backend, device, stride, dilation):
+    with several_tiles_and_pieces():
         for shape in ((1, 9, 23, 20), (1, 24, 5, 200)):
             check((shape, stride, dilation, 3), torch.float32, "relu6", backend, device)
 
@@ -389,14 +381,6 @@ def launched(chip: int, shape: tuple[int, ...], stride: int, dilation: int, dtyp
     return compile_launches(chip, run)
 
 
-def check_compiled(kernel: Compiled) -> None:
-    """No spills; nothing narrower than 16 bytes is loaded, the statistics' parts aside; sums are gathered."""
-    assert kernel.stack == 0, f"{kernel.name}: {kernel.stack} bytes of stack at {kernel.registers} registers"
-    loads = re.findall(r"ld\.global[.\w:]*", kernel.ptx)
-    assert loads and (kernel.name == "_merge" or all(".v4." in load or ".v8." in load for load in loads)), loads
-    assert not re.search(r"\b(atom|red)\.", kernel.ptx)
-
-
 @needs_compiler
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_ahead_of_time(chip):
@@ -423,10 +407,7 @@ def test_compiles_for_sizes_of_one(activation, shape):
 
 @needs_compiler
 def test_offsets_of_images_have_64_bits():
-    """The image, the grid's second dimension, is widened before anything is computed with it."""
     for case in (LAUNCHES[0], LAUNCHES[1]):
         for kernel in launched(90, *case):
             if kernel.name != "_merge":
-                (register,) = re.findall(r"mov\.[us]32\s+(%r\d+), %ctaid\.y", kernel.ptx)
-                lines = [x for x in kernel.ptx.splitlines() if re.search(rf"{register}\b", x) and "ctaid" not in x]
-                assert lines and all(re.search(r"cvt\.[us]64|\.wide\.", line) for line in lines), lines
+                check_image_index(kernel)
