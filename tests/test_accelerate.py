@@ -980,6 +980,28 @@ def test_nothing_to_replace_is_one_sentence(model, said: str) -> None:
         accelerate(model())
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_benchmark_times_no_wrong_result(monkeypatch, dtype: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, benchmark.CLASSES, 1, bias=False), nn.BatchNorm2d(benchmark.CLASSES), nn.ReLU()
+        )
+
+    def spoiled(make) -> dict[str, nn.Module]:
+        models = variants(make)
+        with torch.no_grad():
+            models["accelerated"][1].bias.add_(0.5)
+        return models
+
+    variants = benchmark.variants
+    for name, value in {"IMAGE": (1, 9, 8), "BATCH": (2, 9, 8), "DTYPES": {dtype: benchmark.DTYPES[dtype]}}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    assert len(benchmark.measure(make)) == len(benchmark.CASES)
+    monkeypatch.setattr(benchmark, "variants", spoiled)
+    with pytest.raises(SystemExit, match=f"inference, {dtype}: accelerated is .* nothing was timed"):
+        benchmark.measure(make)
+
+
 def test_the_committed_table_and_readme_are_of_the_committed_figures() -> None:
     path = benchmark.RESULTS / "accelerate.json"
     about = json.loads(path.read_text())
