@@ -164,6 +164,7 @@ def test_offline_names_the_url_and_where_to_put_the_file(hub: Path, monkeypatch:
     message = str(caught.value)
     assert message.startswith(f"{IMAGENET['resnet18']} could not be downloaded (")
     assert f"put the file at {hub / 'resnet18-f37072fd.pth'} by hand" in message
+    assert "--weights None" in message
     assert "\n" not in message
 
 

@@ -182,7 +182,8 @@ def _locate(source: str) -> Path:
         # RuntimeError: the digest differs.
         except (OSError, HTTPException, RuntimeError) as error:
             raise UserError(
-                f"{url} could not be downloaded ({error}): put the file at {cached} by hand, or give its path"
+                f"{url} could not be downloaded ({error}): put the file at {cached} by hand, give its path, or train "
+                "from random weights with --weights None"
             ) from error
     return cached
 
